@@ -1,0 +1,5 @@
+"""The `servinggraph` command. Each subcommand imports what it needs when it runs."""
+
+from servinggraph.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,131 @@
+"""`servinggraph serve`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from servinggraph.cli.logs import configure_logging
+from servinggraph.errors import GraphInvalid, ServingGraphError
+
+if TYPE_CHECKING:
+    from servinggraph.plan import Plan
+    from servinggraph.server import Server
+
+__all__ = ["serve"]
+
+
+def _server_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add one option for each field of `ServerOptions`, so that a setting is written once."""
+    from servinggraph.server import ServerOptions
+
+    for name, field in reversed(ServerOptions.model_fields.items()):
+        kind: Any = field.annotation if field.annotation in (int, float) else str
+        shown = field.default if field.default != "" else None
+        command = click.option(
+            f"--{name.replace('_', '-')}", name, type=kind, default=None,
+            help=f"{field.description}" + (f"  [default: {shown}]" if shown is not None else ""),
+        )(command)  # fmt: skip
+    return command
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the graph file.")
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True)
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@_server_options
+def serve(path: Path, overrides: tuple[str, ...], log_level: str, log_format: str, **settings: Any) -> None:
+    """Serve a graph file, a folder of them, or a bare .onnx model."""
+    import asyncio
+
+    from pydantic import ValidationError
+
+    from servinggraph.server import CannotServe, Server, ServerOptions, new_event_loop, read_graphs
+
+    started = time.perf_counter()
+    configure_logging(log_level, log_format)
+    given = {name: _port(value) if name.endswith("_port") else value for name, value in settings.items() if value is not None}
+    try:
+        options = ServerOptions(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = str(first["loc"][0]).replace("_", "-")
+        raise click.UsageError(f"--{flag} {first['input']}: {first['msg'].replace('Input should be', 'expected')}") from None
+    try:
+        plans = read_graphs(path, overrides)
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(_run(Server, plans, options, path, started, json_logs=log_format == "json"))
+    except GraphInvalid as error:
+        _fail(str(error), f"{len(error.problems)} problem{'s' if len(error.problems) != 1 else ''}: not served")
+    except (CannotServe, ServingGraphError) as error:
+        _fail(str(error))
+
+
+async def _run(kind: type[Server], plans: list[Plan], options: Any, path: Path, started: float, *, json_logs: bool) -> None:
+    def announce(server: Server) -> None:
+        seconds = time.perf_counter() - started
+        if json_logs:
+            ports = {name: front_end.port for name, front_end in server.front_ends.items()}
+            graphs = [plan.name for plan in server.plans]
+            logging.getLogger("servinggraph").info("serving %s on %s, ready in %.2f s", graphs, ports, seconds)
+        else:
+            click.echo(_banner(server, path, seconds))
+            sys.stdout.flush()
+
+    await kind(plans, options, announce).run()
+
+
+def _banner(server: Server, path: Path, seconds: float) -> str:
+    lines = [""]
+    for plan in server.plans:
+        lines.append(f"  {plan.name}  version {plan.version}" + (f"  ({plan.source})" if plan.source else f"  ({path})"))
+        for node in plan.every_node():
+            depth = node.name.count(".")
+            lines.append(f"    {'  ' * depth}{node.name.rpartition('.')[2]:<{16 - 2 * depth}} {node.work.describe()}")
+    lines.append("")
+    host = server.options.host if server.options.host not in ("0.0.0.0", "::") else "127.0.0.1"
+    for name, front_end in server.front_ends.items():
+        lines.append(f"  {name.upper()} on {name}://{server.options.host}:{front_end.port}")
+    lines.append(f"  ready in {seconds:.2f} s; stop with Ctrl-C")
+    if "http" in server.front_ends:
+        lines += ["", "  Try it:", "", f"  {_curl(server.plans[0], path, host, server.front_ends['http'].port)}", ""]
+    return "\n".join(lines)
+
+
+def _curl(plan: Plan, path: Path, host: str, port: int) -> str:
+    """Return a curl line that works: with the sample beside the graph, else with zeros for small inputs."""
+    url = f"http://{host}:{port}/v2/models/{plan.name}"
+    folder = path if path.is_dir() else path.parent
+    sample = folder / "sample.json"
+    if sample.is_file():
+        return f"curl -s {url}/infer -d @{sample}"
+    inputs = []
+    for name, spec in plan.inputs.items():
+        shape = [1 if size == -1 else size for size in spec.shape or ()]
+        count = 1
+        for size in shape:
+            count *= size
+        if count > 64:
+            return f"curl -s {url}"
+        filler: Any = {"BYTES": "text", "BOOL": False}.get(spec.datatype or "", 0)
+        if not spec.optional:
+            inputs.append({"name": name, "datatype": spec.datatype, "shape": shape, "data": [filler] * count})
+    return f"curl -s {url}/infer -d '{json.dumps({'inputs': inputs})}'"
+
+
+def _port(value: str) -> int | str:
+    return int(value) if value.isdigit() else value
+
+
+def _fail(*lines: str) -> None:
+    for line in lines:
+        click.echo(line, err=True)
+    sys.exit(1)

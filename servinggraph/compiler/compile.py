@@ -1,0 +1,155 @@
+"""Compiles a whole graph: definition in, plan or all problems out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from servinggraph.compiler.nodes import NodeCompiler, Tensors
+from servinggraph.compiler.options import validated
+from servinggraph.compiler.topology import ordered, sources_of
+from servinggraph.errors import GraphInvalid, Problem, nearest
+from servinggraph.plan import INPUTS, Plan, PlanNode
+from servinggraph.spec import GraphSpec, Source
+from servinggraph.spec.model import name_problem
+
+__all__ = ["compile_graph", "compile_source"]
+
+Replacements = Mapping[str, Callable[..., Any]]
+
+
+def compile_source(source: Source, replace: Replacements | None = None) -> Plan:
+    """Compile what was read from a file.
+
+    Raises:
+        GraphInvalid: with every problem of the definition.
+    """
+    problems: list[Problem] = []
+    spec = validated(GraphSpec, source.document, source, (), problems)
+    if spec is None:
+        # Nodes are looked at on their own, so that a mistake at the top hides none further down.
+        _check_nodes_alone(source, problems)
+        raise GraphInvalid(_in_file_order(problems))
+    return compile_graph(spec, source, replace)
+
+
+def compile_graph(spec: GraphSpec, source: Source, replace: Replacements | None = None) -> Plan:
+    """Compile a valid definition.
+
+    Args:
+        spec: the graph.
+        source: where it came from: folder of its relative paths, lines of its keys.
+        replace: node or branch name to a callable that stands in for it, for tests.
+
+    Raises:
+        GraphInvalid: with every problem found.
+    """
+    problems: list[Problem] = []
+    replace = replace or {}
+    reason = name_problem(spec.graph, "graph")
+    if reason:
+        problems.append(source.problem(reason, ("graph",)))
+    if not spec.nodes:
+        problems.append(source.problem("'nodes' is empty: a graph has at least one node", ("nodes",)))
+    sources = sources_of(spec, source, problems)
+    order = ordered(sources, spec, source, problems)
+    inputs = {name: model.spec() for name, model in spec.inputs.items()}
+    compiler = NodeCompiler(source, replace, problems)
+    behind: dict[str, Tensors] = {INPUTS: inputs}
+    nodes: dict[str, PlanNode] = {}
+    for name in order or spec.nodes:
+        given = _merged(name, sources[name], behind, source, problems)
+        node = compiler.node(name, spec.nodes[name], ("nodes", name), sources[name], given)
+        behind[name] = node.signature.outputs if node else None
+        if node is not None:
+            nodes[name] = node
+    _check_replacements(replace, nodes, spec, problems)
+    outputs = _answer(spec, behind.get(spec.answer or ""), source, problems)
+    if problems:
+        raise GraphInvalid(_in_file_order(problems))
+    return Plan(
+        name=spec.graph,
+        version=spec.version,
+        inputs=inputs,
+        outputs=outputs,
+        nodes=tuple(nodes[name] for name in order),
+        answer=spec.answer or "",
+        timeout_s=None if spec.timeout_ms is None else spec.timeout_ms / 1e3,
+        batch=spec.batch,
+        source=source.file,
+    )
+
+
+def _merged(
+    name: str, after: tuple[str, ...], behind: Mapping[str, Tensors], source: Source, problems: list[Problem]
+) -> Tensors:
+    """Return the tensors that reach a node: the union of what its sources give."""
+    if len(after) == 1:
+        return behind.get(after[0])
+    merged: dict[str, Any] = {}
+    giver: dict[str, str] = {}
+    complete = True
+    for predecessor in after:
+        tensors = behind.get(predecessor)
+        if tensors is None:
+            complete = False
+            continue
+        for tensor, known in tensors.items():
+            if tensor in merged:
+                text = (
+                    f"'{giver[tensor]}' and '{predecessor}' both give a tensor '{tensor}': "
+                    "rename one with 'rename: {outputs: ...}'"
+                )
+                problems.append(source.problem(text, ("nodes", name, "after"), name))
+            merged[tensor] = known
+            giver[tensor] = predecessor
+    return merged if complete else None
+
+
+def _answer(spec: GraphSpec, given: Tensors, source: Source, problems: list[Problem]) -> Tensors:
+    """Return the tensors of the answer: the declared ones, else all that the last node gives."""
+    if spec.outputs is None:
+        return given
+    declared = {name: model.spec() for name, model in spec.outputs.items()}
+    for name, expected in declared.items():
+        if given is None:
+            continue
+        if name not in given:
+            text = f"the answer has no tensor '{name}'{nearest(name, list(given))}"
+            problems.append(source.problem(text, ("outputs", name)))
+        elif reason := given[name].conflict_with(expected):
+            problems.append(source.problem(f"output '{name}' does not fit: its {reason}", ("outputs", name)))
+    return declared
+
+
+def _check_replacements(
+    replace: Replacements, nodes: Mapping[str, PlanNode], spec: GraphSpec, problems: list[Problem]
+) -> None:
+    known = [*spec.nodes]
+    waiting = [(name, node) for name, node in spec.nodes.items()]
+    while waiting:
+        prefix, node = waiting.pop()
+        for short, branch in (node.branches or {}).items():
+            known.append(f"{prefix}.{short}")
+            waiting.append((f"{prefix}.{short}", branch))
+    for name in replace:
+        if name not in known:
+            problems.append(Problem(f"there is no node '{name}' to replace{nearest(name, known)}"))
+
+
+def _check_nodes_alone(source: Source, problems: list[Problem]) -> None:
+    """Add the problems of nodes' own options when the file as a whole is not valid."""
+    from servinggraph.spec import NodeSpec  # only on this path
+
+    nodes = source.document.get("nodes")
+    ignored: list[Problem] = []
+    compiler = NodeCompiler(source, {}, problems)
+    for name, values in nodes.items() if isinstance(nodes, dict) else ():
+        if isinstance(values, dict):
+            node = validated(NodeSpec, values, source, ("nodes", name), ignored, node=name)
+            if node is not None:
+                compiler.node(name, node, ("nodes", name), (), None)
+
+
+def _in_file_order(problems: list[Problem]) -> list[Problem]:
+    return sorted(dict.fromkeys(problems), key=lambda problem: problem.line or 0)

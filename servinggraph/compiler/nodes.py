@@ -1,0 +1,264 @@
+"""Makes steps and routers from node definitions, and checks that tensors meet.
+
+Works from the inputs towards the answer: a node is made, asked for its signature, and held
+against what reaches it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from servinggraph.compiler.options import validated
+from servinggraph.errors import GraphInvalid, Problem, nearest
+from servinggraph.importing import ImportProblem
+from servinggraph.interfaces import BatchPolicy, Router, Step
+from servinggraph.plan import PlanNode
+from servinggraph.registry import kinds, load_kind
+from servinggraph.spec import NodeSpec, Source
+from servinggraph.spec.model import COMMON_KEYS, name_problem
+from servinggraph.spec.source import KeyPath
+from servinggraph.tensors import Signature, TensorSpec
+
+__all__ = ["NodeCompiler", "Tensors"]
+
+Tensors = Mapping[str, TensorSpec] | None
+"""Tensors known to be on an edge; None when nothing is known of the value there."""
+
+
+@dataclass
+class NodeCompiler:
+    """Compiles nodes one after the other, collecting problems.
+
+    Attributes:
+        source: the definition, for lines and relative paths.
+        replace: node or branch name to a callable that stands in for it.
+        problems: everything found so far.
+    """
+
+    source: Source
+    replace: Mapping[str, Callable[..., Any]]
+    problems: list[Problem]
+
+    def node(
+        self, name: str, spec: NodeSpec, path: KeyPath, sources: tuple[str, ...], given: Tensors
+    ) -> PlanNode | None:
+        """Compile a node.
+
+        Args:
+            name: full name, `score.gbm` for a branch.
+            spec: its definition.
+            path: its key path in the source.
+            sources: nodes that it follows.
+            given: tensors that reach it.
+
+        Returns:
+            The node, or None when problems were found with it.
+        """
+        found = len(self.problems)
+        if name in self.replace:
+            spec = _replaced(spec, self.replace[name])
+        reason = name_problem(name.rpartition(".")[2], "branch" if "." in name else "node")
+        if reason:
+            self._report(reason, path, name)
+        inside = self._renamed(given, spec, path, name)
+        branches: dict[str, PlanNode] = {}
+        if (spec.step is None) == (spec.router is None):
+            have = "both 'step' and 'router'" if spec.step else "neither 'step' nor 'router'"
+            self._report(f"has {have}: a node is one or the other", path, name)
+            return None
+        if spec.step is not None:
+            work, signature = self._step(name, spec, path)
+        else:
+            branches = self._branches(name, spec, path, inside)
+            work, signature = self._router(name, spec, path, branches)
+        if work is None or signature is None:
+            return None
+        self._check_inputs(signature, inside, path, name)
+        self._check_batch(spec, signature, path, name)
+        declared = {tensor: model.spec() for tensor, model in spec.outputs.items()} if spec.outputs else None
+        outputs = self._outputs(signature.outputs, declared, spec, given, path, name)
+        kind = spec.step or spec.router or ""
+        node = PlanNode(
+            name=name,
+            kind=kind,
+            work=work,
+            branches=branches,
+            sources=sources,
+            renamed_inputs=dict(spec.rename.inputs) if spec.rename else {},
+            renamed_outputs=dict(spec.rename.outputs) if spec.rename else {},
+            keep=tuple(spec.keep) if isinstance(spec.keep, list) else spec.keep,
+            timeout_s=None if spec.timeout_ms is None else spec.timeout_ms / 1e3,
+            batch=spec.batch,
+            outputs=declared,
+            signature=Signature(signature.inputs, outputs),
+        )
+        return None if len(self.problems) > found else node
+
+    def _report(self, message: str, path: KeyPath, node: str) -> None:
+        self.problems.append(self.source.problem(message, path, node))
+
+    def _kind(self, group: str, kind: str, path: KeyPath, name: str) -> Any:
+        known = kinds(group)
+        if kind not in known:
+            self._report(f"unknown {path[-1]} '{kind}'{nearest(kind, list(known))}", path, name)
+            return None
+        try:
+            return load_kind(group, kind)
+        except ImportProblem as error:
+            self._report(f"{path[-1]} '{kind}' cannot be used: {error}", path, name)
+            return None
+
+    def _options(self, kind: Any, spec: NodeSpec, path: KeyPath, name: str) -> Any:
+        return validated(
+            kind.options_type, spec.extra, self.source, path, self.problems, node=name, other_keys=COMMON_KEYS
+        )
+
+    def _step(self, name: str, spec: NodeSpec, path: KeyPath) -> tuple[Step[Any] | None, Signature | None]:
+        if spec.branches is not None:
+            self._report("a step has no 'branches'; only a router has", (*path, "branches"), name)
+        kind = self._kind("steps", spec.step or "", (*path, "step"), name)
+        options = None if kind is None else self._options(kind, spec, path, name)
+        if options is None:
+            return None, None
+        step: Step[Any] = kind(name, options, self.source.base)
+        try:
+            return step, step.prepare()
+        except GraphInvalid as error:
+            for problem in error.problems:
+                # A step names the option at fault, if one is, as the first part of `node`.
+                self._report(problem.message, (*path, problem.node) if problem.node else path, name)
+            return None, None
+
+    def _branches(self, name: str, spec: NodeSpec, path: KeyPath, inside: Tensors) -> dict[str, PlanNode]:
+        branches: dict[str, PlanNode] = {}
+        if not spec.branches:
+            self._report("a router needs 'branches'", path, name)
+        for short, branch in (spec.branches or {}).items():
+            place = (*path, "branches", short)
+            if branch.after is not None:
+                self._report("a branch has no 'after': its router decides when it runs", (*place, "after"), f"{name}.{short}")
+            node = self.node(f"{name}.{short}", branch, place, (), inside)
+            if node is not None:
+                branches[short] = node
+        return branches
+
+    def _router(
+        self, name: str, spec: NodeSpec, path: KeyPath, branches: Mapping[str, PlanNode]
+    ) -> tuple[Router[Any] | None, Signature | None]:
+        kind = self._kind("routers", spec.router or "", (*path, "router"), name)
+        options = None if kind is None else self._options(kind, spec, path, name)
+        if options is None or len(branches) != len(spec.branches or {}) or not branches:
+            return None, None
+        router: Router[Any] = kind(name, options, self.source.base)
+        try:
+            return router, router.signature({short: node.signature for short, node in branches.items()})
+        except GraphInvalid as error:
+            for problem in error.problems:
+                self._report(problem.message, (*path, problem.node) if problem.node else path, name)
+            return None, None
+
+    def _renamed(self, given: Tensors, spec: NodeSpec, path: KeyPath, name: str) -> Tensors:
+        """Return the tensors that reach a node, by the names that it knows them under."""
+        if given is None or spec.rename is None:
+            return given
+        renames = spec.rename.inputs
+        for old in renames:
+            if old not in given:
+                self._report(
+                    f"'rename.inputs' names '{old}', which does not reach this node{nearest(old, list(given))}",
+                    (*path, "rename", "inputs", old),
+                    name,
+                )
+        inside: dict[str, TensorSpec] = {}
+        for old, tensor in given.items():
+            new = renames.get(old, old)
+            if new in inside:
+                self._report(f"'rename.inputs' makes two tensors '{new}'", (*path, "rename", "inputs"), name)
+            inside[new] = tensor
+        return inside
+
+    def _check_inputs(self, signature: Signature, inside: Tensors, path: KeyPath, name: str) -> None:
+        if signature.inputs is None or inside is None:
+            return
+        for tensor, expected in signature.inputs.items():
+            if tensor not in inside:
+                if not expected.optional:
+                    spare = [other for other in inside if other not in signature.inputs]
+                    hint = f"; 'rename: {{inputs: {{{spare[0]}: {tensor}}}}}' would pass '{spare[0]}'" if spare else ""
+                    has = ", ".join(sorted(inside)) or "nothing"
+                    self._report(f"input '{tensor}' is provided by nobody: what reaches the node is {has}{hint}", path, name)
+                continue
+            reason = inside[tensor].conflict_with(expected)
+            if reason:
+                self._report(f"input '{tensor}' does not fit: its {reason}", path, name)
+
+    def _check_batch(self, spec: NodeSpec, signature: Signature, path: KeyPath, name: str) -> None:
+        if not isinstance(spec.batch, BatchPolicy) and spec.batch is not True:
+            return
+        for side, tensors in (("input", signature.inputs), ("output", signature.outputs)):
+            for tensor, known in (tensors or {}).items():
+                if known.shape is not None and (not known.shape or known.shape[0] != -1):
+                    self._report(
+                        f"cannot batch: the first axis of {side} '{tensor}' is fixed, its shape is {list(known.shape)}; "
+                        "remove 'batch', or export the model with a free first axis",
+                        (*path, "batch"),
+                        name,
+                    )
+
+    def _outputs(
+        self,
+        known: Tensors,
+        declared: Tensors,
+        spec: NodeSpec,
+        given: Tensors,
+        path: KeyPath,
+        name: str,
+    ) -> Tensors:
+        """Return the tensors behind a node: its own, renamed, and those that it keeps."""
+        own = known
+        if declared is not None:
+            for tensor, expected in declared.items():
+                reason = None
+                if known is not None:
+                    reason = known[tensor].conflict_with(expected) if tensor in known else "not what the step gives"
+                if reason:
+                    self._report(f"declared output '{tensor}' does not fit: {reason}", (*path, "outputs", tensor), name)
+            own = declared
+        renames = spec.rename.outputs if spec.rename else {}
+        if own is not None:
+            for old in renames:
+                if old not in own:
+                    text = f"'rename.outputs' names '{old}', which the node does not give{nearest(old, list(own))}"
+                    self._report(text, (*path, "rename", "outputs", old), name)
+        kept = self._kept(spec, given, path, name)
+        if own is None or kept is None:
+            return None
+        behind = {renames.get(old, old): tensor for old, tensor in own.items()}
+        for tensor, value in kept.items():
+            if tensor not in behind:
+                behind[tensor] = value
+            elif spec.keep != "all":
+                text = f"'keep' passes '{tensor}', but the node gives a tensor of that name; rename one"
+                self._report(text, (*path, "keep"), name)
+        return behind
+
+    def _kept(self, spec: NodeSpec, given: Tensors, path: KeyPath, name: str) -> Tensors:
+        if spec.keep is None:
+            return {}
+        if given is None:
+            return None
+        if spec.keep == "all":
+            return given
+        for tensor in spec.keep:
+            if tensor not in given:
+                text = f"'keep' names '{tensor}', which does not reach this node{nearest(tensor, list(given))}"
+                self._report(text, (*path, "keep"), name)
+        return {tensor: given[tensor] for tensor in spec.keep if tensor in given}
+
+
+def _replaced(spec: NodeSpec, call: Callable[..., Any]) -> NodeSpec:
+    """Return the definition of a node with `call` in place of what it did."""
+    common = {key: getattr(spec, key) for key in ("after", "rename", "keep", "outputs", "timeout_ms")}
+    return NodeSpec.model_validate({**common, "step": "python", "call": call})

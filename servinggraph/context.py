@@ -1,0 +1,141 @@
+"""What travels beside a request's value: identity, deadline, headers, parameters, cancellation.
+
+One `Context` belongs to one request; a step that has a parameter named `context` gets it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from typing import Any, Final
+
+__all__ = ["Context", "Headers", "ParameterValue"]
+
+ParameterValue = str | int | float | bool
+
+
+class Headers(Mapping[str, str]):
+    """Request headers (gRPC: metadata) by lower-case name; the last of several equal names wins.
+
+    Built from raw pairs and decoded only when somebody looks, since most steps never do.
+    """
+
+    __slots__ = ("__dict__", "_raw")
+
+    def __init__(self, raw: Iterable[tuple[bytes, bytes]] = ()) -> None:
+        self._raw = raw
+
+    @cached_property
+    def _decoded(self) -> dict[str, str]:
+        return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in self._raw}
+
+    def __getitem__(self, name: str) -> str:
+        return self._decoded[name.lower()]
+
+    def __iter__(self) -> Any:
+        return iter(self._decoded)
+
+    def __len__(self) -> int:
+        return len(self._decoded)
+
+    def __repr__(self) -> str:
+        return f"Headers({self._decoded!r})"
+
+
+_NO_HEADERS: Final = Headers()
+
+
+class Context:
+    """Identity, limits and side channel of one request.
+
+    Attributes:
+        id: the caller's request id; empty when none was given.
+        deadline: moment on the event loop's clock (`loop.time()`, seconds) after which the
+            answer is worthless; None without a limit.
+        headers: request headers by lower-case name.
+        parameters: the request's V2 parameters.
+        response_parameters: what steps add here is sent with the answer.
+        priority: 1 is served first; 0 takes the batch queue's default level.
+        graph: name of the graph that runs.
+    """
+
+    __slots__ = (
+        "_on_idle",
+        "_running",
+        "deadline",
+        "graph",
+        "headers",
+        "id",
+        "parameters",
+        "priority",
+        "response_parameters",
+    )
+
+    def __init__(
+        self,
+        id: str = "",  # the V2 name
+        *,
+        deadline: float | None = None,
+        headers: Mapping[str, str] = _NO_HEADERS,
+        parameters: Mapping[str, ParameterValue] | None = None,
+        priority: int = 0,
+        graph: str = "",
+    ) -> None:
+        self.id = id
+        self.deadline = deadline
+        self.headers = headers
+        self.parameters: Mapping[str, ParameterValue] = {} if parameters is None else parameters
+        self.response_parameters: dict[str, ParameterValue] = {}
+        self.priority = priority
+        self.graph = graph
+        self._running = 0
+        self._on_idle: Callable[[], None] | None = None
+
+    def with_deadline(self, deadline: float) -> Context:
+        """Return a view of this context with an earlier deadline; everything else is shared."""
+        if self.deadline is not None and self.deadline <= deadline:
+            return self
+        return _Narrowed(self, deadline)
+
+    def begin_work(self) -> None:
+        """Note that work has started which cannot be interrupted (a thread, a batch on a device)."""
+        self._running += 1
+
+    def end_work(self) -> None:
+        """Note that such work has ended; frees the request's slot if its caller has gone meanwhile."""
+        self._running -= 1
+        if self._running == 0 and self._on_idle is not None:
+            on_idle, self._on_idle = self._on_idle, None
+            on_idle()
+
+    def when_idle(self, release: Callable[[], None]) -> None:
+        """Call `release` once no uninterruptible work of this request runs any more.
+
+        A concurrency slot is thus held until the machine is really free again, not only
+        until the caller stopped waiting.
+        """
+        if self._running == 0:
+            release()
+        else:
+            self._on_idle = release
+
+
+class _Narrowed(Context):
+    """A context whose deadline is earlier; its bookkeeping is the original's."""
+
+    __slots__ = ("_whole",)
+
+    def __init__(self, whole: Context, deadline: float) -> None:
+        self._whole = whole
+        self.id, self.headers, self.parameters = whole.id, whole.headers, whole.parameters
+        self.response_parameters, self.priority = whole.response_parameters, whole.priority
+        self.graph, self.deadline = whole.graph, deadline
+
+    def begin_work(self) -> None:
+        self._whole.begin_work()
+
+    def end_work(self) -> None:
+        self._whole.end_work()
+
+    def when_idle(self, release: Callable[[], None]) -> None:
+        self._whole.when_idle(release)

@@ -1,0 +1,290 @@
+"""Stretches: nodes that simply follow one another, and the graph that stretches form.
+
+A stretch is run by plain calls and awaits. Only where several stretches that wait for
+something are ready at once does a request get tasks, in one TaskGroup.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter
+from typing import Any
+
+from servinggraph.context import Context
+from servinggraph.errors import DeadlineExceeded, ServingGraphError, StepFailed
+from servinggraph.executor.wiring import as_failure, read_only
+from servinggraph.interfaces import Operation
+from servinggraph.plan import INPUTS, PlanNode
+
+__all__ = ["named", "run_plan"]
+
+logger = logging.getLogger("servinggraph.executor")
+
+SLOW_STEP_S = 0.05
+"""An inline step that holds the event loop for longer is reported, once."""
+
+Runner = Callable[[Any, Context], Any]
+
+
+def run_plan(nodes: Sequence[PlanNode], operations: Mapping[str, Operation], answer: str) -> Operation:
+    """Return one operation that runs all nodes and gives the answer's value.
+
+    Args:
+        nodes: in an order in which every node comes after its sources.
+        operations: what each node does.
+        answer: the node whose result is the answer.
+    """
+    stretches = _stretches(nodes)
+    if len(stretches) == 1:
+        return named([(node.name, operations[node.name]) for node in stretches[0]])
+    return _Branching(stretches, operations, answer).operation()
+
+
+def named(steps: Sequence[tuple[str, Operation]]) -> Operation:
+    """Return one operation that runs operations one after the other and names the one that fails."""
+    clock = asyncio.get_running_loop().time
+    warned: set[str] = set()
+
+    def report_slow(name: str, seconds: float) -> None:
+        if name not in warned:
+            warned.add(name)
+            logger.warning(
+                "node '%s' held the event loop for %.0f ms, and every other request waited: "
+                "give it 'run: thread' or make it async (reported once)",
+                name,
+                seconds * 1e3,
+            )
+
+    if not any(operation.suspends for _, operation in steps):
+        plain = [(name, operation.call) for name, operation in steps]
+
+        def run(value: Any, context: Context) -> Any:
+            name = ""
+            deadline = context.deadline
+            started = perf_counter()
+            try:
+                for name, call in plain:
+                    if deadline is not None and clock() >= deadline:
+                        raise DeadlineExceeded("Request timeout expired before it ran")
+                    value = call(value, context)
+                    now = perf_counter()
+                    if now - started > SLOW_STEP_S:
+                        report_slow(name, now - started)
+                    started = now
+            except ServingGraphError as error:
+                raise error.at(name)
+            except (Exception, SystemExit) as error:
+                raise as_failure(error, name) from error
+            return value
+
+        return Operation(run, suspends=False)
+
+    mixed = [(name, operation.call, operation.suspends) for name, operation in steps]
+
+    async def run_async(value: Any, context: Context) -> Any:
+        name = ""
+        deadline = context.deadline
+        try:
+            for name, call, suspends in mixed:
+                if deadline is not None and clock() >= deadline:
+                    raise DeadlineExceeded("Request timeout expired before it ran")
+                if suspends:
+                    value = await call(value, context)
+                else:
+                    started = perf_counter()
+                    value = call(value, context)
+                    seconds = perf_counter() - started
+                    if seconds > SLOW_STEP_S:
+                        report_slow(name, seconds)
+        except ServingGraphError as error:
+            raise error.at(name)
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # Nobody cancelled this request: something that the step waited for was cancelled.
+            raise StepFailed("was cancelled from inside").at(name) from error
+        except (Exception, SystemExit) as error:
+            raise as_failure(error, name) from error
+        return value
+
+    return Operation(run_async, suspends=True)
+
+
+def _stretches(nodes: Sequence[PlanNode]) -> list[list[PlanNode]]:
+    """Cut the graph where data forks or joins; what lies between is a stretch."""
+    takers: dict[str, int] = {}
+    for node in nodes:
+        for name in node.sources:
+            takers[name] = takers.get(name, 0) + 1
+    stretches: list[list[PlanNode]] = []
+    ending: dict[str, list[PlanNode]] = {}
+    for node in nodes:
+        before = ending.get(node.sources[0]) if len(node.sources) == 1 else None
+        if before is not None and takers[node.sources[0]] == 1:
+            before.append(node)
+            ending[node.name] = before
+        else:
+            stretch = [node]
+            stretches.append(stretch)
+            ending[node.name] = stretch
+    return stretches
+
+
+class _Request:
+    """The state of one request in a branching graph."""
+
+    __slots__ = ("context", "group", "results", "waiting")
+
+    def __init__(self, results: list[Any], waiting: list[int], context: Context) -> None:
+        self.results = results
+        self.waiting = waiting
+        self.context = context
+        self.group: asyncio.TaskGroup | None = None
+
+
+class _Branching:
+    """Runs stretches as their inputs become ready.
+
+    The task that finishes a stretch goes on with one that this made ready; only further
+    ones that suspend become tasks of their own.
+    """
+
+    def __init__(self, stretches: list[list[PlanNode]], operations: Mapping[str, Operation], answer: str) -> None:
+        number_of = {stretch[-1].name: index for index, stretch in enumerate(stretches)}
+        joined = [named([(node.name, operations[node.name]) for node in stretch]) for stretch in stretches]
+        self._calls: list[Runner] = [operation.call for operation in joined]
+        self._suspends = [operation.suspends for operation in joined]
+        # The request's tensors are the result behind the last stretch.
+        self._inputs_at = len(stretches)
+        number_of[INPUTS] = self._inputs_at
+        sources = [[number_of[name] for name in stretch[0].sources] for stretch in stretches]
+        self._collect = [_collector(stretch[0], numbers) for stretch, numbers in zip(stretches, sources, strict=True)]
+        self._targets: list[list[int]] = [[] for _ in range(len(stretches) + 1)]
+        for index, numbers in enumerate(sources):
+            for number in numbers:
+                self._targets[number].append(index)
+        self._waiting = [len(numbers) for numbers in sources]
+        self._forks = [len(targets) > 1 for targets in self._targets]
+        self._answer_at = number_of[answer]
+        self._parallel = self._may_overlap(sources)
+
+    def operation(self) -> Operation:
+        if not any(self._suspends):
+            return Operation(self._run_plain, suspends=False)
+        return Operation(self._run_parallel if self._parallel else self._run_in_order, suspends=True)
+
+    def _may_overlap(self, sources: list[list[int]]) -> bool:
+        """Tell whether two stretches that suspend can be under way at once: neither comes after the other."""
+        ancestors: list[set[int]] = []
+        for numbers in sources:
+            ancestors.append({a for n in numbers if n != self._inputs_at for a in (*ancestors[n], n)})
+        suspending = [index for index, suspends in enumerate(self._suspends) if suspends]
+        return any(a not in ancestors[b] for i, b in enumerate(suspending) for a in suspending[:i])
+
+    def _begin(self, value: Any, context: Context) -> _Request:
+        request = _Request([None] * len(self._targets), self._waiting.copy(), context)
+        request.results[self._inputs_at] = read_only(value) if self._forks[self._inputs_at] else value
+        return request
+
+    def _run_plain(self, value: Any, context: Context) -> Any:
+        request = self._begin(value, context)
+        # Stretches are in topological order already.
+        for index, call in enumerate(self._calls):
+            self._store(request, index, call(self._collect[index](request.results), context))
+        return request.results[self._answer_at]
+
+    async def _run_in_order(self, value: Any, context: Context) -> Any:
+        request = self._begin(value, context)
+        for index, call in enumerate(self._calls):
+            result = call(self._collect[index](request.results), context)
+            self._store(request, index, await result if self._suspends[index] else result)
+        return request.results[self._answer_at]
+
+    async def _run_parallel(self, value: Any, context: Context) -> Any:
+        request = self._begin(value, context)
+        try:
+            async with asyncio.TaskGroup() as group:
+                request.group = group
+                await self._walk(request, *self._ready_after(request, self._inputs_at))
+        except BaseExceptionGroup as group_error:
+            first = _first(group_error)
+            raise first from first.__cause__
+        return request.results[self._answer_at]
+
+    async def _walk(self, request: _Request, plain: list[int], follow: int | None) -> None:
+        """Run stretches until none is ready that no other task has taken on."""
+        while True:
+            if plain:
+                index = plain.pop()
+                result = self._calls[index](self._collect[index](request.results), request.context)
+            elif follow is not None:
+                index, follow = follow, None
+                result = await self._calls[index](self._collect[index](request.results), request.context)
+            else:
+                return
+            self._store(request, index, result)
+            plain_now, next_one = self._ready_after(request, index)
+            plain.extend(plain_now)
+            if next_one is not None:
+                if follow is None:
+                    follow = next_one
+                else:
+                    self._spawn(request, next_one)
+
+    def _ready_after(self, request: _Request, index: int) -> tuple[list[int], int | None]:
+        """Return what a finished stretch made ready: those that do not suspend, and one that does."""
+        plain: list[int] = []
+        follow: int | None = None
+        for target in self._targets[index]:
+            request.waiting[target] -= 1
+            if request.waiting[target]:
+                continue
+            if not self._suspends[target]:
+                plain.append(target)
+            elif follow is None:
+                follow = target
+            else:
+                self._spawn(request, target)
+        return plain, follow
+
+    def _spawn(self, request: _Request, index: int) -> None:
+        assert request.group is not None
+        request.group.create_task(self._walk(request, [], index))
+
+    def _store(self, request: _Request, index: int, result: Any) -> None:
+        request.results[index] = read_only(result) if self._forks[index] else result
+
+
+def _collector(node: PlanNode, numbers: list[int]) -> Callable[[list[Any]], Any]:
+    """Return what makes a node's value of its sources' results."""
+    if len(numbers) == 1:
+        (only,) = numbers
+        return lambda results: results[only]
+    pairs = list(zip(node.sources, numbers, strict=True))
+
+    def collect(results: list[Any]) -> dict[str, Any]:
+        merged: dict[str, Any] = {}
+        giver: dict[str, str] = {}
+        for source, number in pairs:
+            result = results[number]
+            # What is no mapping of tensors goes by the name of the node that gave it.
+            for name, tensor in result.items() if isinstance(result, Mapping) else ((source, result),):
+                if name in merged:
+                    text = f"'{giver[name]}' and '{source}' both give '{name}': rename one with 'rename: {{outputs: ...}}'"
+                    raise StepFailed(text).at(node.name)
+                merged[name] = tensor
+                giver[name] = source
+        return merged
+
+    return collect
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the failure that came first; the others are what its cancellation left."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,201 @@
+"""Makes the callable of a node: its step or router, wrapped in just what its definition asks for.
+
+All decisions fall here, once; what comes out has no `if` about configuration in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from servinggraph.batching import Batcher
+from servinggraph.context import Context
+from servinggraph.errors import DeadlineExceeded, ServingGraphError, StepFailed
+from servinggraph.interfaces import BatchPolicy, Handler, Operation, Router, RowErrors, Step
+from servinggraph.plan import PlanNode
+from servinggraph.tensors import TensorSpec, datatype_of, fits_shape
+
+__all__ = ["as_failure", "read_only", "router_operation", "step_operation", "wrapped"]
+
+
+def step_operation(
+    node: PlanNode, step: Step[Any], policy: BatchPolicy | None, batchers: list[Batcher]
+) -> Operation:
+    """Return a step's operation, batched if there is a policy; a new batcher joins `batchers`."""
+    operation = step.operation()
+    if policy is None:
+        return _whole_rows(operation) if step.gives_row_errors else operation
+    admit = step.admit if type(step).admit is not Step.admit else None
+    batcher = Batcher(operation, policy, node.name, admit)
+    batchers.append(batcher)
+    return batcher.operation()
+
+
+def router_operation(router: Router[Any], branches: Mapping[str, Handler]) -> Operation:
+    """Return a router's operation over the handlers of its branches."""
+    route = router.route
+
+    def call(value: Any, context: Context) -> Any:
+        # Branches share the value by reference: one that wrote into it would change the others' input.
+        return route(read_only(value), context, branches)
+
+    return Operation(call, suspends=True)
+
+
+def wrapped(node: PlanNode, operation: Operation) -> Operation:
+    """Return the operation with the node's declared outputs, renames, kept tensors and time limit."""
+    if node.outputs is not None:
+        operation = _then(operation, _output_check(node.name, node.outputs))
+    if node.renamed_inputs or node.renamed_outputs or node.keep is not None:
+        operation = _mapped(node, operation)
+    if node.timeout_s is not None:
+        operation = _limited(operation, node.timeout_s)
+    return operation
+
+
+def as_failure(error: BaseException, node: str) -> ServingGraphError:
+    """Return what a step raised as an error that names the node."""
+    if isinstance(error, ServingGraphError):
+        return error.at(node)
+    failure = StepFailed(f"{type(error).__name__}: {error}").at(node)
+    failure.__cause__ = error
+    return failure
+
+
+def read_only(value: Any) -> Any:
+    """Return a mapping of arrays as read-only views; anything else as it is."""
+    if not isinstance(value, dict):
+        return value
+    return {name: _locked(array) for name, array in value.items()}
+
+
+def _locked(array: Any) -> Any:
+    if isinstance(array, np.ndarray) and array.flags.writeable:
+        array = array.view()
+        array.flags.writeable = False
+    return array
+
+
+def _then(operation: Operation, after: Callable[[Any], Any]) -> Operation:
+    call = operation.call
+    if operation.suspends:
+
+        async def wait(value: Any, context: Context) -> Any:
+            return after(await call(value, context))
+
+        return Operation(wait, suspends=True)
+    return Operation(lambda value, context: after(call(value, context)), suspends=False)
+
+
+def _whole_rows(operation: Operation) -> Operation:
+    """Without a batch there is one caller only, so a bad row is the whole request's failure."""
+
+    def check(result: Any) -> Any:
+        if not isinstance(result, RowErrors):
+            return result
+        if not result.errors:
+            return result.outputs
+        row, reason = min(result.errors.items(), key=lambda item: item[0])
+        raise StepFailed(f"row {row}: {reason}")
+
+    return _then(operation, check)
+
+
+def _output_check(node: str, declared: Mapping[str, TensorSpec]) -> Callable[[Any], Any]:
+    """Return a check that a result has the declared tensors, in datatype and shape."""
+
+    def check(result: Any) -> Any:
+        if not isinstance(result, Mapping):
+            got = type(result).__name__
+            raise StepFailed(f"declares outputs {sorted(declared)}, so it must return a mapping of arrays, got {got}")
+        for name, spec in declared.items():
+            array = result.get(name)
+            if not isinstance(array, np.ndarray | np.generic):
+                got = "nothing" if array is None else type(array).__name__
+                raise StepFailed(f"output '{name}' must be a numpy array, got {got}")
+            datatype = datatype_of(np.asarray(array))
+            if spec.datatype is not None and datatype != spec.datatype:
+                raise StepFailed(f"output '{name}' has datatype {datatype or array.dtype}, declared is {spec.datatype}")
+            if spec.shape is not None and not fits_shape(array.shape, spec.shape):
+                raise StepFailed(f"output '{name}' has shape {list(array.shape)}, declared is {list(spec.shape)}")
+        return result
+
+    return check
+
+
+def _mapped(node: PlanNode, operation: Operation) -> Operation:
+    """Rename tensors on the way in and out, and let the kept ones join the result."""
+    into, out, keep = node.renamed_inputs, node.renamed_outputs, node.keep
+
+    def enter(value: Any) -> Any:
+        if not into:
+            return value
+        _require_mapping(value, "takes")
+        for old in into:
+            if old not in value:
+                raise StepFailed(f"'rename.inputs' names '{old}', which did not arrive: got {sorted(value)}")
+        return {into.get(name, name): tensor for name, tensor in value.items()}
+
+    def leave(value: Any, result: Any) -> Any:
+        if not out and keep is None:
+            return result
+        _require_mapping(result, "returns")
+        joined = {out.get(name, name): tensor for name, tensor in result.items()}
+        if keep is None:
+            return joined
+        _require_mapping(value, "keeps tensors of")
+        if keep == "all":
+            return {**value, **joined}
+        for name in keep:
+            if name not in value:
+                raise StepFailed(f"'keep' names '{name}', which did not arrive: got {sorted(value)}")
+            if name in joined:
+                raise StepFailed(f"'keep' passes '{name}', but the node gives a tensor of that name; rename one")
+            joined[name] = value[name]
+        return joined
+
+    call = operation.call
+    if operation.suspends:
+
+        async def wait(value: Any, context: Context) -> Any:
+            return leave(value, await call(enter(value), context))
+
+        return Operation(wait, suspends=True)
+    return Operation(lambda value, context: leave(value, call(enter(value), context)), suspends=False)
+
+
+def _require_mapping(value: Any, what: str) -> None:
+    if not isinstance(value, Mapping):
+        raise StepFailed(f"{what} a {type(value).__name__}: 'rename' and 'keep' need a mapping of tensor name to array")
+
+
+def _limited(operation: Operation, seconds: float) -> Operation:
+    call = operation.call
+    clock = asyncio.get_running_loop().time
+    late = f"took longer than its timeout_ms = {seconds * 1e3:g}"
+    if operation.suspends:
+
+        async def wait(value: Any, context: Context) -> Any:
+            narrowed = context.with_deadline(clock() + seconds)
+            try:
+                async with asyncio.timeout_at(narrowed.deadline) as scope:
+                    return await call(value, narrowed)
+            except TimeoutError:
+                if scope.expired():
+                    raise DeadlineExceeded(late) from None
+                raise
+
+        return Operation(wait, suspends=True)
+
+    def measure(value: Any, context: Context) -> Any:
+        # An inline step cannot be interrupted (`run: thread` can); its late answer is not passed on.
+        end = clock() + seconds
+        result = call(value, context)
+        if clock() > end:
+            raise DeadlineExceeded(late)
+        return result
+
+    return Operation(measure, suspends=False)

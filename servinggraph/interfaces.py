@@ -1,0 +1,242 @@
+"""The contracts that everything plugs into: `Handler`, `Step`, `Router`, and their options.
+
+A third-party step or router subclasses one of these and is found through the registry;
+the kernel knows nothing more of it than what stands here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from servinggraph.context import Context
+from servinggraph.tensors import Signature
+
+__all__ = ["BatchPolicy", "FrontEndOptions", "Handler", "NodeSketch", "Operation", "Options", "RowErrors", "Router", "Step"]
+
+Handler = Callable[[Any, Context], Awaitable[Any]]
+"""The one contract of the kernel: an async callable from (value, context) to a value."""
+
+
+class Options(BaseModel):
+    """Base of all options: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+class BatchPolicy(Options):
+    """When requests that wait for a node become a batch. Sizes count rows, not requests."""
+
+    max_rows: int = Field(32, ge=1, description="Most rows in one run; larger requests run in pieces.")
+    max_delay_ms: float = Field(
+        0,
+        ge=0,
+        description="How long a request that found the node busy may wait for company once the node is free. "
+        "A request that finds the node idle never waits.",
+    )
+    wait_when_idle: bool = Field(
+        False, description="Let `max_delay_ms` hold for requests that find the node idle, too (Triton's rule)."
+    )
+    preferred_rows: list[int] | None = Field(
+        None, description="Sizes at which a batch leaves at once; by default only `max_rows`."
+    )
+    pad_to: list[int] | None = Field(
+        None, description="Pad each batch with copies of its last row to the next of these sizes."
+    )
+    instances: int = Field(1, ge=1, le=256, description="How many batches may run at the same time.")
+    max_queue: int = Field(1024, ge=1, description="Most requests waiting; one more is refused with 503.")
+    queue_timeout_ms: float | None = Field(None, gt=0, description="Longest wait in the queue.")
+    on_timeout: Literal["reject", "continue"] = Field(
+        "reject", description="A request over `queue_timeout_ms`: refused with 503, or served after all others."
+    )
+    priorities: int = Field(1, ge=1, le=64, description="Number of priority levels; 1 is served first.")
+    default_priority: int | None = Field(None, ge=1, description="Level of requests that name none; the last.")
+    isolate: bool = Field(
+        True, description="When a batch fails, run its members one by one, so that only the bad one fails."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("preferred_rows", "pad_to"):
+            sizes = getattr(self, name)
+            if sizes is not None and (not sizes or min(sizes) < 1):
+                raise ValueError(f"{name} needs at least one size, each 1 or more, got {sizes}")
+        if self.preferred_rows and max(self.preferred_rows) > self.max_rows:
+            raise ValueError(f"preferred_rows {self.preferred_rows} go beyond max_rows {self.max_rows}")
+        if self.pad_to and max(self.pad_to) < self.max_rows:
+            raise ValueError(f"pad_to {self.pad_to} must reach max_rows {self.max_rows}")
+        if self.default_priority and self.default_priority > self.priorities:
+            raise ValueError(f"default_priority {self.default_priority} is beyond priorities {self.priorities}")
+        return self
+
+
+class FrontEndOptions(Options):
+    """Limits and names that all front ends share."""
+
+    server_name: str = Field("servinggraph", description="Name in the server metadata.")
+    server_version: str = Field("", description="Version in the server metadata; by default this package's.")
+    max_in_flight: int = Field(1024, ge=1, description="Most requests at the same time; one more gets 503.")
+    max_body_bytes: int = Field(
+        64 * 2**20, ge=1, description="Largest request body in bytes, also after decompression; more gets 413."
+    )
+    max_header_bytes: int = Field(65536, ge=256, description="Largest request line and headers in bytes; more gets 431.")
+    max_tensors: int = Field(1024, ge=1, description="Most inputs, or requested outputs, of a request.")
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """A callable that the executor runs, and whether its result has to be awaited.
+
+    Attributes:
+        call: takes (value, context); returns the value, or an awaitable of it.
+        suspends: True when the result is an awaitable. A stretch of operations that do
+            not suspend is run by plain calls.
+    """
+
+    call: Callable[[Any, Context], Any]
+    suspends: bool
+
+    @property
+    def handler(self) -> Handler:
+        """The operation as an async callable."""
+        if self.suspends:
+            return self.call
+        call = self.call
+
+        async def handle(value: Any, context: Context) -> Any:
+            return call(value, context)
+
+        return handle
+
+
+class RowErrors:
+    """What a batched step returns when some rows of the batch are bad and the others are fine.
+
+    Args:
+        outputs: output tensors for all rows; what stands in a bad row is not looked at.
+        errors: row index within the batch to what was wrong with it (text or an exception).
+    """
+
+    __slots__ = ("errors", "outputs")
+
+    def __init__(self, outputs: Mapping[str, Any], errors: Mapping[int, str | BaseException]) -> None:
+        self.outputs = outputs
+        self.errors = errors
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSketch:
+    """A node as the Python builder takes it: what YAML would say, not yet checked.
+
+    Attributes:
+        role: "step" or "router".
+        kind: the kind's name in the registry.
+        options: its keys, those that every node has included.
+        branches: a router's branches.
+    """
+
+    role: Literal["step", "router"]
+    kind: str
+    options: Mapping[str, Any]
+    branches: Mapping[str, NodeSketch | Callable[..., Any]] | None = None
+
+
+class Step(ABC, Generic[OptionsT]):
+    """A kind of node that turns a value into a value.
+
+    Life: constructed and `prepare`d by the compiler (also by `servinggraph check`), then
+    `load`ed before the first request, `operation` asked for once, `unload`ed at the end.
+
+    Attributes:
+        options_type: pydantic model of the keys that this kind understands in YAML.
+        name: the node's name, `score.gbm` for a branch.
+        options: the validated options.
+        base: folder that relative paths start from.
+        gives_row_errors: False when the step never returns `RowErrors`.
+    """
+
+    options_type: ClassVar[type[Options]]
+    gives_row_errors: bool = True
+
+    def __init__(self, name: str, options: OptionsT, base: Path) -> None:
+        self.name = name
+        self.options = options
+        self.base = base
+
+    @abstractmethod
+    def prepare(self) -> Signature:
+        """Find what the step needs and say what it takes and gives; no warm-up, no side effects.
+
+        Raises:
+            GraphInvalid: with every reason for which this node cannot be served.
+        """
+
+    def load(self, batch: BatchPolicy | bool | None) -> BatchPolicy | None:
+        """Make ready for requests; called in a worker thread, may take long.
+
+        Args:
+            batch: what the graph says of batching; None when it is silent.
+
+        Returns:
+            The policy to batch with, or None to run each request alone.
+        """
+        return BatchPolicy() if batch is True else batch or None
+
+    def unload(self) -> None:
+        """Release what `load` took. Called once, also after a `load` that failed."""
+        return None
+
+    def admit(self, value: Any) -> Any:
+        """Check one request's value before it joins a batch, and keep the tensors that are used.
+
+        Raises:
+            InvalidRequest: this request must not join; the others go on without it.
+        """
+        return value
+
+    @abstractmethod
+    def operation(self) -> Operation:
+        """Return the callable that runs the step. Called once, on the event loop, after `load`."""
+
+    def describe(self) -> str:
+        """Say in a few words what this is and where it runs, for start-up and `check`."""
+        return type(self).__name__
+
+
+class Router(ABC, Generic[OptionsT]):
+    """A kind of node that decides which branches run, and what becomes of their answers.
+
+    Branches are Handlers: a step, another router, anything. `branches` in `signature` and
+    `route` has the same names in the same order, so a lookup cannot fail.
+    """
+
+    options_type: ClassVar[type[Options]]
+
+    def __init__(self, name: str, options: OptionsT, base: Path) -> None:
+        self.name = name
+        self.options = options
+        self.base = base
+
+    @abstractmethod
+    def signature(self, branches: Mapping[str, Signature]) -> Signature:
+        """Check options and branches against each other; say what the node takes and gives.
+
+        Raises:
+            GraphInvalid: with every reason for which this router cannot work.
+        """
+
+    @abstractmethod
+    async def route(self, value: Any, context: Context, branches: Mapping[str, Handler]) -> Any:
+        """Answer one request."""
+
+    def describe(self) -> str:
+        """Say in a few words what this router does, for start-up and `check`."""
+        return type(self).__name__

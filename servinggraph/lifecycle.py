@@ -1,0 +1,171 @@
+"""What is served, in which state, and how much of it at once.
+
+Front ends look graphs up here and take their slots here; they own neither.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from servinggraph.errors import GraphNotFound, LimitExceeded, Unavailable
+from servinggraph.executor import Executor
+from servinggraph.plan import Plan
+
+__all__ = ["Admission", "Catalog", "ServedGraph"]
+
+logger = logging.getLogger("servinggraph.lifecycle")
+
+
+@dataclass
+class ServedGraph:
+    """One version of one graph.
+
+    Attributes:
+        plan: the compiled graph.
+        executor: runs its requests.
+        ready: True from the end of a successful load to the beginning of the stop.
+    """
+
+    plan: Plan
+    executor: Executor
+    ready: bool = False
+
+
+class Admission:
+    """Counts requests in flight, over all graphs and front ends, and refuses more than the limit.
+
+    A slot is given back when the request's work has really ended, which for a call in a
+    thread or a batch that runs can be later than its answer.
+    """
+
+    __slots__ = ("_idle", "in_flight", "limit")
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.in_flight = 0
+        self._idle: asyncio.Event | None = None
+
+    def enter(self) -> None:
+        """Take a slot.
+
+        Raises:
+            LimitExceeded: all are taken; names the limit.
+        """
+        if self.in_flight >= self.limit:
+            raise LimitExceeded(
+                f"the server is full: {self.in_flight} requests are in flight (limit 'max_in_flight' = {self.limit})"
+            )
+        self.in_flight += 1
+
+    def leave(self) -> None:
+        """Give a slot back."""
+        self.in_flight -= 1
+        if self.in_flight == 0 and self._idle is not None:
+            self._idle.set()
+
+    async def wait_until_idle(self) -> None:
+        """Return once no request is in flight."""
+        self._idle = asyncio.Event()
+        while self.in_flight:
+            self._idle.clear()
+            await self._idle.wait()
+
+
+class Catalog:
+    """All graphs that this process serves.
+
+    Attributes:
+        draining: True once the server was told to stop: not ready, but still answering.
+    """
+
+    def __init__(self) -> None:
+        self._graphs: dict[str, dict[str, ServedGraph]] = {}
+        self._listeners: list[Callable[[], None]] = []
+        self.draining = False
+
+    async def load(self, plans: Sequence[Plan]) -> None:
+        """Load graphs side by side and serve them.
+
+        Raises:
+            ServingGraphError: one failed to load; those that did load are stopped again.
+        """
+        graphs = [ServedGraph(plan, Executor(plan)) for plan in plans]
+        for graph in graphs:
+            versions = self._graphs.setdefault(graph.plan.name, {})
+            if graph.plan.version in versions:
+                raise Unavailable(f"graph '{graph.plan.name}' version {graph.plan.version} is there twice")
+            versions[graph.plan.version] = graph
+        results = await asyncio.gather(*(graph.executor.start() for graph in graphs), return_exceptions=True)
+        failures = [result for result in results if isinstance(result, BaseException)]
+        for graph, result in zip(graphs, results, strict=True):
+            graph.ready = result is None
+        if failures:
+            await self.stop()
+            raise failures[0]
+        self._changed()
+
+    async def stop(self) -> None:
+        """Stop all graphs: running batches end, what waits is refused, steps are unloaded."""
+        started = [graph for graph in self.graphs() if graph.ready]
+        for graph in started:
+            graph.ready = False
+        results = await asyncio.gather(*(graph.executor.stop() for graph in started), return_exceptions=True)
+        for graph, result in zip(started, results, strict=True):
+            if isinstance(result, BaseException):
+                logger.error("graph '%s' did not stop cleanly: %s", graph.plan.name, result)
+
+    def graphs(self) -> list[ServedGraph]:
+        """Return every version of every graph, in order of name and version."""
+        return [
+            versions[version]
+            for _, versions in sorted(self._graphs.items())
+            for version in sorted(versions, key=int)
+        ]
+
+    def get(self, name: str, version: str = "") -> ServedGraph:
+        """Return a graph.
+
+        Args:
+            name: the graph's name.
+            version: its version; empty for the highest that is ready.
+
+        Raises:
+            GraphNotFound: no such graph, or not this version.
+            Unavailable: it is there, but not ready.
+        """
+        versions = self._graphs.get(name)
+        if versions is None:
+            raise GraphNotFound(f"Request for unknown model: '{name}' is not found")
+        if version:
+            graph = versions.get(version)
+            if graph is None:
+                raise GraphNotFound(f"Request for unknown model: '{name}' version {version} is not found")
+            if not graph.ready:
+                raise Unavailable(f"Request for unknown model: '{name}' version {version} is not at ready state")
+            return graph
+        ready = [number for number, graph in versions.items() if graph.ready]
+        if not ready:
+            raise Unavailable(f"Request for unknown model: '{name}' has no available versions")
+        return versions[max(ready, key=int)]
+
+    def versions(self, name: str) -> list[str]:
+        """Return the versions of a graph that are ready, in order."""
+        return sorted((number for number, graph in self._graphs.get(name, {}).items() if graph.ready), key=int)
+
+    @property
+    def ready(self) -> bool:
+        """True when every graph is ready, there is at least one, and the server is not stopping."""
+        graphs = self.graphs()
+        return bool(graphs) and not self.draining and all(graph.ready for graph in graphs)
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Call `listener` now and after every change of what is served."""
+        self._listeners.append(listener)
+        listener()
+
+    def _changed(self) -> None:
+        for listener in self._listeners:
+            listener()

@@ -1,0 +1,88 @@
+"""Requests and responses of a graph, independent of the wire they came over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from servinggraph.context import ParameterValue
+from servinggraph.tensors import Array
+
+__all__ = ["InferenceRequest", "InferenceResponse", "RequestedOutput"]
+
+
+class RequestedOutput:
+    """One entry of a request's `outputs`.
+
+    Attributes:
+        name: name of the output tensor.
+        binary: True or False where the request says how to send it, None where it does not.
+        parameters: the entry's parameters as they came.
+    """
+
+    __slots__ = ("binary", "name", "parameters")
+
+    def __init__(self, name: str, binary: bool | None, parameters: Mapping[str, Any]) -> None:
+        self.name = name
+        self.binary = binary
+        self.parameters = parameters
+
+
+class InferenceRequest:
+    """A decoded inference request.
+
+    Attributes:
+        inputs: tensor name to array; read-only views of the body where the wire was binary.
+        id: the caller's request id, empty when none was given.
+        parameters: request-level parameters.
+        outputs: the outputs that were asked for, in order; empty means all.
+        binary: True when outputs that are not listed are wanted as binary data.
+    """
+
+    __slots__ = ("binary", "id", "inputs", "outputs", "parameters")
+
+    def __init__(
+        self,
+        inputs: dict[str, Array],
+        id: str = "",
+        parameters: Mapping[str, ParameterValue] | None = None,
+        outputs: tuple[RequestedOutput, ...] = (),
+        binary: bool = False,
+    ) -> None:
+        self.inputs = inputs
+        self.id = id
+        self.parameters: Mapping[str, ParameterValue] = {} if parameters is None else parameters
+        self.outputs = outputs
+        self.binary = binary
+
+
+class InferenceResponse:
+    """The answer to an inference request.
+
+    Attributes:
+        model: name of the graph.
+        version: its version, always concrete.
+        outputs: tensor name to array.
+        id: the request's id.
+        parameters: response-level parameters that steps or routers have set.
+    """
+
+    __slots__ = ("id", "model", "outputs", "parameters", "version")
+
+    def __init__(
+        self,
+        model: str,
+        version: str,
+        outputs: Mapping[str, Array],
+        id: str = "",
+        parameters: Mapping[str, ParameterValue] | None = None,
+    ) -> None:
+        self.model = model
+        self.version = version
+        self.outputs = outputs
+        self.id = id
+        self.parameters: Mapping[str, ParameterValue] = {} if parameters is None else parameters
+
+    def __repr__(self) -> str:
+        tensors = ", ".join(f"{name}: {array.dtype}{list(array.shape)}" for name, array in self.outputs.items())
+        return f"InferenceResponse({self.model} v{self.version}: {tensors})"

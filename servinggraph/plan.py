@@ -1,0 +1,88 @@
+"""The compiled form of a graph: nodes in order with their steps, routers and known signatures.
+
+Plain data, made by the compiler, run by the executor. Nothing here runs anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from servinggraph.interfaces import BatchPolicy, Router, Step
+from servinggraph.tensors import Signature, TensorSpec
+
+__all__ = ["INPUTS", "Plan", "PlanNode"]
+
+INPUTS = "inputs"
+"""Stands for the request's tensors where a node is named."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanNode:
+    """One node or branch.
+
+    Attributes:
+        name: `score`, or `score.gbm` for a branch.
+        kind: kind of its step or router, for people.
+        work: the step or router itself.
+        branches: a router's branches by their short names.
+        sources: nodes whose results it takes; `inputs` for the request's tensors.
+        renamed_inputs: tensor name before the node to the name that the node knows.
+        renamed_outputs: tensor name that the node gives to the name behind it.
+        keep: tensors that go past the node; "all" for each that it gets; None for none.
+        timeout_s: longest time for this node; None without a limit.
+        batch: what the graph says of batching; None when it is silent.
+        outputs: declared outputs, checked on every answer; None when nothing is declared.
+        signature: what it takes and gives as far as known, names as outside the node.
+        outputs_checked: declared outputs by the name inside the node, to check answers against.
+    """
+
+    name: str
+    kind: str
+    work: Step[object] | Router[object]  # type: ignore[type-var]  # options of any kind
+    branches: Mapping[str, PlanNode] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()
+    renamed_inputs: Mapping[str, str] = field(default_factory=dict)
+    renamed_outputs: Mapping[str, str] = field(default_factory=dict)
+    keep: tuple[str, ...] | str | None = None
+    timeout_s: float | None = None
+    batch: BatchPolicy | bool | None = None
+    outputs: Mapping[str, TensorSpec] | None = None
+    signature: Signature = field(default_factory=Signature)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A whole compiled graph.
+
+    Attributes:
+        name: the V2 model name.
+        version: positive integer as text.
+        inputs: declared input tensors.
+        outputs: tensors of the answer as far as known; None when they are not.
+        nodes: in an order in which every node comes after its sources.
+        answer: name of the node whose result is the answer.
+        timeout_s: longest time for a request; None without a limit.
+        batch: policy for batching whole requests, None for none.
+        source: file the graph came from; None when it was built in Python.
+    """
+
+    name: str
+    version: str
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec] | None
+    nodes: tuple[PlanNode, ...]
+    answer: str
+    timeout_s: float | None = None
+    batch: BatchPolicy | None = None
+    source: str | None = None
+
+    def every_node(self) -> list[PlanNode]:
+        """Return all nodes, branches of routers included, parents first."""
+        found: list[PlanNode] = []
+        waiting = list(reversed(self.nodes))
+        while waiting:
+            node = waiting.pop()
+            found.append(node)
+            waiting.extend(reversed(node.branches.values()))
+        return found

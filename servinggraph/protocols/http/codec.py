@@ -1,0 +1,80 @@
+"""What of an HTTP request's headers the V2 protocol reads, and the headers of its answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from servinggraph.context import ParameterValue
+from servinggraph.errors import InvalidRequest
+
+__all__ = ["deadline_of", "header_length_of", "priority_of"]
+
+_HEADER_LENGTH: Final = b"inference-header-content-length"
+_TIMEOUT_HEADERS: Final = (b"x-request-timeout-ms", b"x-envoy-expected-rq-timeout-ms")
+_DIGITS: Final = re.compile(rb"[+-]?[0-9]+")
+
+RawHeaders = Mapping[bytes, bytes]
+
+
+def header_length_of(headers: RawHeaders, body_length: int) -> int | None:
+    """Return the length of the JSON before binary tensors; None when the header is not there.
+
+    Raises:
+        InvalidRequest: not a whole number, or beyond the body.
+    """
+    text = headers.get(_HEADER_LENGTH)
+    if text is None:
+        return None
+    text = text.strip()
+    if not _DIGITS.fullmatch(text):
+        raise InvalidRequest(f"Unable to parse Inference-Header-Content-Length, got: {text[:40].decode('latin-1')}")
+    if len(text) > 19:
+        raise InvalidRequest("Unable to parse Inference-Header-Content-Length: value is out of range")
+    length = int(text)
+    if not 0 <= length <= body_length:
+        raise InvalidRequest(f"inference header size should be in range (0, {body_length}), got: {length}")
+    return length
+
+
+def deadline_of(headers: RawHeaders, parameters: Mapping[str, ParameterValue], now: float) -> float | None:
+    """Return when the answer becomes worthless, on the clock of `now`; None without a limit.
+
+    The earliest of the V2 parameter `timeout` (microseconds), and the headers
+    `X-Request-Timeout-Ms` and, as Envoy and Istio set it, `X-Envoy-Expected-Rq-Timeout-Ms`.
+
+    Raises:
+        InvalidRequest: one of them is no number, or not above 0.
+    """
+    deadline: float | None = None
+    timeout = parameters.get("timeout") if parameters else None
+    if timeout is not None and timeout != 0:  # Triton: 0 is no limit
+        if type(timeout) is not int or timeout < 0:
+            raise InvalidRequest(f"parameter 'timeout' is a whole number of microseconds, got {timeout!r}")
+        deadline = now + timeout / 1e6
+    for name in _TIMEOUT_HEADERS:
+        text = headers.get(name)
+        if text is None:
+            continue
+        try:
+            milliseconds = float(text)
+        except ValueError:
+            milliseconds = -1.0
+        if not 0 < milliseconds < 1e12:
+            raise InvalidRequest(f"header {name.decode()} is a number of milliseconds above 0, got {text[:40].decode('latin-1')}")
+        end = now + milliseconds / 1e3
+        deadline = end if deadline is None else min(deadline, end)
+    return deadline
+
+
+def priority_of(parameters: Mapping[str, ParameterValue]) -> int:
+    """Return the V2 parameter `priority`; 0 stands for the default level.
+
+    Raises:
+        InvalidRequest: not a whole number from 0 on.
+    """
+    priority = parameters.get("priority", 0)
+    if type(priority) is not int or priority < 0:
+        raise InvalidRequest(f"parameter 'priority' is a whole number from 0 on, got {priority!r}")
+    return priority

@@ -1,0 +1,113 @@
+"""The HTTP front end: opens the port, runs uvicorn in the server's own event loop, drains it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Generator
+
+import uvicorn
+
+from servinggraph.interfaces import FrontEndOptions
+from servinggraph.lifecycle import Admission, Catalog
+from servinggraph.protocols.http.app import make_app
+from servinggraph.protocols.http.infer import InferRoute
+from servinggraph.protocols.http.wire import bounded_protocol
+from servinggraph.protocols.v2 import RequestLimits
+
+__all__ = ["HttpFrontEnd", "make_asgi"]
+
+logger = logging.getLogger("servinggraph.http")
+
+BACKLOG = 2048
+
+
+def make_asgi(catalog: Catalog, admission: Admission, options: FrontEndOptions) -> InferRoute:
+    """Return the whole ASGI application, without a port."""
+    app = make_app(catalog, options.server_name, options.server_version)
+    return InferRoute(catalog, admission, options.max_body_bytes, RequestLimits(options.max_tensors), app)
+
+
+class HttpFrontEnd:
+    """Serves a catalog over HTTP.
+
+    Args:
+        catalog: the graphs.
+        admission: slots for requests in flight.
+        options: limits and names.
+        host: address to listen on.
+        port: port to listen on; 0 takes a free one.
+    """
+
+    def __init__(
+        self, catalog: Catalog, admission: Admission, options: FrontEndOptions, host: str, port: int
+    ) -> None:
+        self._catalog = catalog
+        self._options = options
+        self._address = (host, port)
+        self._asgi = make_asgi(catalog, admission, options)
+        self._server: uvicorn.Server | None = None
+        self._serving: asyncio.Task[None] | None = None
+        self.port = port
+
+    def bind(self) -> None:
+        """Take the port, so that a port in use is found out before models are loaded.
+
+        Raises:
+            OSError: in use, or not allowed.
+        """
+        host, port = self._address
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.socket(family, socket.SOCK_STREAM)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self._socket.bind((host, port))
+        except OSError:
+            self._socket.close()
+            raise
+        self.port = self._socket.getsockname()[1]
+
+    async def start(self) -> None:
+        """Begin to answer."""
+        config = uvicorn.Config(
+            self._asgi,  # type: ignore[arg-type]  # its ASGI types are narrower TypedDicts
+            http=bounded_protocol(self._options.max_header_bytes),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=None,
+        )
+        config.load()
+        # uvicorn's access logger decides per connection by whether somebody listens to it.
+        logging.getLogger("uvicorn.access").propagate = False
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+        self._server = _Server(config)
+        self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]), name="http")
+        while not self._server.started:
+            if self._serving.done():
+                await self._serving
+            await asyncio.sleep(0.001)
+
+    async def stop(self, grace_s: float) -> None:
+        """Stop accepting, let requests in flight finish, cancel what is left after `grace_s` seconds."""
+        if self._server is None or self._serving is None:
+            if hasattr(self, "_socket"):
+                self._socket.close()
+            return
+        self._server.config.timeout_graceful_shutdown = max(0, grace_s)  # type: ignore[assignment]  # seconds, fractions work
+        self._server.should_exit = True
+        await self._serving
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without signal handlers: our server has them, and exits with 0 after a clean stop."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield

@@ -1,0 +1,55 @@
+"""Holds a decoded request against the inputs and outputs that a graph declares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from servinggraph.errors import DatatypeMismatch, InvalidRequest, ShapeMismatch
+from servinggraph.tensors import Array, TensorSpec, datatype_of, fits_shape
+
+__all__ = ["check_input", "check_names"]
+
+
+def check_names(given: Mapping[str, object], declared: Mapping[str, TensorSpec], model: str) -> None:
+    """Check that exactly the declared inputs are there, optional ones or not.
+
+    Raises:
+        InvalidRequest: an input that is not declared, or a required one is missing.
+    """
+    for name in given:
+        if name not in declared:
+            raise InvalidRequest(
+                f"unexpected inference input '{name}' for model '{model}', expected {', '.join(declared) or 'none'}"
+            )
+    if len(given) == len(declared):
+        return
+    missing = [name for name, spec in declared.items() if name not in given and not spec.optional]
+    if missing:
+        required = sum(not spec.optional for spec in declared.values())
+        expected = str(required) if required == len(declared) else f"between {required} and {len(declared)}"
+        raise InvalidRequest(
+            f"expected {expected} inputs but got {len(given)} inputs for model '{model}'. "
+            f"Got input(s) {_quoted(given)}, but missing required input(s) {_quoted(missing)}"
+        )
+
+
+def check_input(name: str, datatype: str, shape: tuple[int, ...], spec: TensorSpec, model: str) -> None:
+    """Check one input's datatype and shape.
+
+    Raises:
+        DatatypeMismatch: another datatype than declared.
+        ShapeMismatch: a shape that does not fit the declared one.
+    """
+    if spec.datatype is not None and datatype != spec.datatype:
+        raise DatatypeMismatch(name, model, spec.datatype, datatype)
+    if spec.shape is not None and not fits_shape(shape, spec.shape):
+        raise ShapeMismatch(name, model, spec.shape, shape)
+
+
+def check_array(name: str, array: Array, spec: TensorSpec, model: str) -> None:
+    """Check an input that is an array already; see `check_input`."""
+    check_input(name, datatype_of(array) or str(array.dtype), array.shape, spec, model)
+
+
+def _quoted(names: object) -> str:
+    return "[" + ",".join(f"'{name}'" for name in names) + "]"  # type: ignore[attr-defined]  # any iterable of names

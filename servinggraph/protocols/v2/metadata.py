@@ -1,0 +1,40 @@
+"""What a server and a graph say of themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from servinggraph.plan import Plan
+from servinggraph.tensors import TensorSpec
+
+__all__ = ["EXTENSIONS", "PLATFORM", "model_metadata", "server_metadata"]
+
+EXTENSIONS: Final = ("binary_tensor_data", "parameters", "schedule_policy")
+"""Protocol extensions that work here; names as Triton's."""
+
+PLATFORM: Final = "servinggraph_graph"
+
+
+def server_metadata(name: str, version: str) -> dict[str, Any]:
+    """Return the server's metadata."""
+    return {"name": name, "version": version, "extensions": list(EXTENSIONS)}
+
+
+def model_metadata(plan: Plan, versions: Sequence[str]) -> dict[str, Any]:
+    """Return a graph's metadata; outputs that are not known before a request are left out."""
+    return {
+        "name": plan.name,
+        "versions": list(versions),
+        "platform": PLATFORM,
+        "inputs": _tensors(plan.inputs),
+        "outputs": _tensors(plan.outputs or {}),
+    }
+
+
+def _tensors(specs: Mapping[str, TensorSpec]) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "datatype": spec.datatype, "shape": list(spec.shape)}
+        for name, spec in specs.items()
+        if spec.datatype is not None and spec.shape is not None
+    ]

@@ -1,0 +1,114 @@
+"""Encodes an inference response: JSON, or JSON followed by binary tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import orjson
+
+from servinggraph.errors import InvalidRequest, StepFailed
+from servinggraph.messages import InferenceRequest, InferenceResponse
+from servinggraph.protocols.v2.binary_data import encode_bytes
+from servinggraph.protocols.v2.json_data import encode_data
+from servinggraph.tensors import Array, TensorSpec, datatype_of
+
+__all__ = ["EncodedResponse", "answer_tensors", "encode_response"]
+
+_OPTIONS: Final = orjson.OPT_SERIALIZE_NUMPY
+
+
+class EncodedResponse(NamedTuple):
+    """An encoded response."""
+
+    body: bytes
+    """The whole body."""
+    header_length: int | None
+    """Bytes of JSON before the binary tensors; None when the body is nothing but JSON."""
+
+
+def answer_tensors(value: Any, declared: Mapping[str, TensorSpec] | None, node: str) -> dict[str, Array]:
+    """Return the tensors that the last node gave, only the declared ones where outputs are declared.
+
+    Raises:
+        StepFailed: it gave something else than arrays of V2 datatypes.
+    """
+    if not isinstance(value, Mapping):
+        if isinstance(value, np.ndarray) and declared is not None and len(declared) == 1:
+            value = {next(iter(declared)): value}
+        else:
+            got = type(value).__name__
+            raise StepFailed(f"gave a {got} as the answer, expected a mapping of tensor name to numpy array").at(node)
+    names = value if declared is None else declared
+    tensors: dict[str, Array] = {}
+    for name in names:
+        array = value.get(name)
+        if type(array) is not np.ndarray:
+            if array is None:
+                raise StepFailed(f"gave no tensor '{name}': got {', '.join(map(str, value)) or 'none'}").at(node)
+            if not isinstance(array, np.generic | np.ndarray):
+                text = f"answer tensor '{name}' is a {type(array).__name__}, expected a numpy array"
+                raise StepFailed(text).at(node)
+            array = np.asarray(array)
+        tensors[name] = array
+    return tensors
+
+
+def encode_response(response: InferenceResponse, request: InferenceRequest) -> EncodedResponse:
+    """Encode the answer to a request, each output as the request asked for it.
+
+    Raises:
+        InvalidRequest: the request asked for an output that is not there.
+        StepFailed: an output has a dtype without a V2 datatype, or text that JSON cannot carry.
+    """
+    outputs = response.outputs
+    entries: list[dict[str, Any]] = []
+    parts: list[memoryview | bytes] = []
+    if request.outputs:
+        for wanted in request.outputs:
+            if wanted.name not in outputs:
+                raise InvalidRequest(
+                    f"unexpected inference output '{wanted.name}' for model '{response.model}', it gave {', '.join(outputs)}"
+                )
+            binary = request.binary if wanted.binary is None else wanted.binary
+            entries.append(_entry(wanted.name, outputs[wanted.name], binary, parts))
+    else:
+        for name, array in outputs.items():
+            entries.append(_entry(name, array, request.binary, parts))
+    document: dict[str, Any] = {"model_name": response.model, "model_version": response.version}
+    if response.id:
+        document["id"] = response.id
+    if response.parameters:
+        document["parameters"] = response.parameters
+    document["outputs"] = entries
+    text = _dumps(document)
+    if any(len(part) for part in parts):
+        return EncodedResponse(b"".join([text, *parts]), len(text))
+    return EncodedResponse(text, None)
+
+
+def _entry(name: str, array: Array, binary: bool, parts: list[memoryview | bytes]) -> dict[str, Any]:
+    datatype = datatype_of(array)
+    if datatype is None:
+        raise StepFailed(f"output '{name}' has dtype {array.dtype}, which no V2 datatype stands for; convert it in the graph")
+    if not binary:
+        return {"name": name, "datatype": datatype, "shape": array.shape, "data": encode_data(name, datatype, array)}
+    data = encode_bytes(name, datatype, array)
+    parts.append(data)
+    return {"name": name, "datatype": datatype, "shape": array.shape, "parameters": {"binary_data_size": len(data)}}
+
+
+def _dumps(document: dict[str, Any]) -> bytes:
+    """Write JSON; not-a-number and infinities as the bare tokens that V2 clients read."""
+    text = orjson.dumps(document, option=_OPTIONS)
+    # orjson writes null for them. Nothing else in a response is null, so a hit is one of them,
+    # or text that holds the word, for which the slow way is right as well.
+    if b"null" not in text:
+        return text
+    return json.dumps(document, default=_plain, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist()

@@ -1,0 +1,51 @@
+"""Kinds of steps, routers and protocols by name, as import strings that are followed only when used.
+
+Another package adds its own by an entry point in the group `servinggraph.steps`,
+`servinggraph.routers` or `servinggraph.protocols`: `my_kind = "package.module:Class"`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, Final
+
+from servinggraph.importing import load_object
+
+__all__ = ["PROTOCOLS", "ROUTERS", "STEPS", "kinds", "load_kind"]
+
+STEPS: Final[Mapping[str, str]] = {
+    "onnx": "servinggraph.steps.onnx:Onnx",
+    "python": "servinggraph.steps.python:Python",
+}
+ROUTERS: Final[Mapping[str, str]] = {
+    "ensemble": "servinggraph.routers.ensemble:Ensemble",
+}
+PROTOCOLS: Final[Mapping[str, str]] = {
+    "http": "servinggraph.protocols.http.server:HttpFrontEnd",
+}
+
+_TABLES: Final = {"steps": STEPS, "routers": ROUTERS, "protocols": PROTOCOLS}
+
+
+@cache
+def kinds(group: str) -> Mapping[str, str]:
+    """Return name to import string of a group: "steps", "routers" or "protocols".
+
+    Our own come first: another package cannot replace them by accident.
+    """
+    found = {point.name: point.value for point in entry_points(group=f"servinggraph.{group}")}
+    return found | dict(_TABLES[group])
+
+
+@cache
+def load_kind(group: str, name: str) -> Any:
+    """Return the class behind a kind.
+
+    Raises:
+        KeyError: there is no such kind.
+        ImportProblem: its module cannot be imported; for an extra that is not installed the
+            text names what is missing.
+    """
+    return load_object(kinds(group)[name])

@@ -1,0 +1,5 @@
+"""Kinds of routers, one file each. `routers.Ensemble(...)` and the like describe a node for the Python builder."""
+
+from servinggraph.routers.builders import Ensemble
+
+__all__ = ["Ensemble"]

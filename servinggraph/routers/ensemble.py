@@ -1,0 +1,260 @@
+"""The `ensemble` router: several members answer side by side, and their answers become one."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from servinggraph.concurrency import cancel_all, run_all
+from servinggraph.context import Context
+from servinggraph.errors import GraphInvalid, Problem, ServingGraphError, StepFailed, Unavailable
+from servinggraph.importing import ImportProblem, load_object
+from servinggraph.interfaces import Handler, Options, Router
+from servinggraph.tensors import Array, Signature, TensorSpec
+
+__all__ = ["Ensemble", "EnsembleOptions"]
+
+Members = Mapping[str, Mapping[str, Array]]
+_RULES = ("mean", "weighted_mean", "vote")
+
+
+class EnsembleOptions(Options):
+    """Members side by side whose answers are combined."""
+
+    combine: str | Callable[..., Any] = Field(
+        "mean",
+        description="mean or weighted_mean of every floating output, vote over every label, or 'package.module:function' "
+        "that takes a mapping of member to its tensors.",
+    )
+    weights: dict[str, float] | None = Field(None, description="Weight of each member, for weighted_mean and vote.")
+    quorum: int | None = Field(
+        None, ge=1, description="Members that must answer; by default all. With fewer missing the others are re-weighted."
+    )
+    tensors: list[str] | None = Field(
+        None, description="Outputs to combine, others are dropped; by default all, and members must give the same."
+    )
+
+
+class Ensemble(Router[EnsembleOptions]):
+    """Runs every branch on the same value and combines what they give.
+
+    Who answered stands in the response's parameters, `<node>.answered`. A member that fails
+    is the request's failure, unless `quorum` members answered without it; then the answer is
+    made of those alone, with their weights normalised anew.
+    """
+
+    options_type = EnsembleOptions
+
+    def signature(self, branches: Mapping[str, Signature]) -> Signature:
+        problems: list[Problem] = []
+        names = tuple(branches)
+        self._combine = self._rule(problems)
+        weights = self.options.weights
+        if self.options.combine == "weighted_mean" and weights is None:
+            problems.append(Problem("'combine: weighted_mean' needs 'weights', one for each branch", node="combine"))
+        if weights is not None:
+            problems.extend(self._weight_problems(weights, names))
+        self._weights = {name: (weights or {}).get(name, 1.0) for name in names}
+        if self.options.quorum is not None and self.options.quorum > len(names):
+            problems.append(Problem(f"'quorum' is {self.options.quorum}, but there are {len(names)} branches", node="quorum"))
+        self._quorum = min(self.options.quorum or len(names), len(names))
+        outputs = self._common_outputs(branches, problems)
+        if problems:
+            raise GraphInvalid(problems)
+        return Signature(_union_of_inputs(branches), outputs if self.options.combine in _RULES else None)
+
+    async def route(self, value: Any, context: Context, branches: Mapping[str, Handler]) -> Any:
+        calls = [branch(value, context) for branch in branches.values()]
+        if self._quorum == len(calls):
+            members = dict(zip(branches, await run_all(calls), strict=True))
+        else:
+            members = await self._at_least_quorum(tuple(branches), calls)
+        context.response_parameters[f"{self.name}.answered"] = ",".join(members)
+        try:
+            result = self._combine(members)
+        except ServingGraphError:
+            raise
+        except Exception as error:
+            raise StepFailed(f"cannot combine {', '.join(members)}: {type(error).__name__}: {error}") from error
+        return await result if inspect.isawaitable(result) else result
+
+    def describe(self) -> str:
+        rule = self.options.combine if isinstance(self.options.combine, str) else "custom"
+        return f"ensemble ({rule})"
+
+    async def _at_least_quorum(self, names: Sequence[str], calls: Sequence[Any]) -> dict[str, Any]:
+        """Wait for every member, and go on with those that answered if they are enough."""
+        futures = [asyncio.ensure_future(call) for call in calls]
+        try:
+            outcomes = await asyncio.gather(*futures, return_exceptions=True)
+        except BaseException:
+            await cancel_all(futures)
+            raise
+        members: dict[str, Any] = {}
+        failures: dict[str, BaseException] = {}
+        for name, outcome in zip(names, outcomes, strict=True):
+            (failures if isinstance(outcome, BaseException) else members)[name] = outcome
+        if len(members) < self._quorum:
+            texts = "; ".join(f"{name}: {error}" for name, error in failures.items())
+            text = f"only {len(members)} of {len(names)} members answered, quorum is {self._quorum} ({texts})"
+            raise Unavailable(text) from next(iter(failures.values()))
+        return members
+
+    def _rule(self, problems: list[Problem]) -> Callable[[Members], Any]:
+        combine = self.options.combine
+        if combine in ("mean", "weighted_mean"):
+            return self._mean
+        if combine == "vote":
+            return self._vote
+        if isinstance(combine, str):
+            if ":" not in combine:
+                text = f"unknown rule '{combine}': expected {', '.join(_RULES)}, or 'package.module:function'"
+                problems.append(Problem(text, node="combine"))
+                return self._mean
+            try:
+                combine = load_object(combine, self.base)
+            except ImportProblem as error:
+                problems.append(Problem(str(error), node="combine"))
+        if not callable(combine):
+            problems.append(Problem(f"'combine' leads to a {type(combine).__name__}, which is not callable", node="combine"))
+            return self._mean
+        return combine
+
+    def _weight_problems(self, weights: Mapping[str, float], names: Sequence[str]) -> list[Problem]:
+        problems = []
+        unknown, missing = sorted(set(weights) - set(names)), sorted(set(names) - set(weights))
+        if unknown:
+            problems.append(Problem(f"'weights' names {', '.join(unknown)}, but the branches are {', '.join(names)}", node="weights"))
+        if missing:
+            problems.append(Problem(f"'weights' has none for {', '.join(missing)}; 0 leaves a member out of the sum", node="weights"))
+        if any(weight < 0 or not np.isfinite(weight) for weight in weights.values()) or not any(weights.values()):
+            problems.append(Problem(f"'weights' must be 0 or more and not all 0, got {dict(weights)}", node="weights"))
+        if self.options.combine == "mean":
+            problems.append(Problem("'combine: mean' takes no 'weights'; say 'weighted_mean'", node="weights"))
+        return problems
+
+    def _common_outputs(
+        self, branches: Mapping[str, Signature], problems: list[Problem]
+    ) -> Mapping[str, TensorSpec] | None:
+        """Return the outputs that are combined; reports members that do not fit each other."""
+        combine = self.options.combine
+        known = {name: signature.outputs for name, signature in branches.items() if signature.outputs is not None}
+        if combine not in _RULES or not known:
+            return None
+        first_name, first = next(iter(known.items()))
+        names = self.options.tensors or list(first)
+        for member, outputs in known.items():
+            gives = ", ".join(sorted(outputs))
+            if self.options.tensors is None and set(outputs) != set(first):
+                text = (
+                    f"member '{first_name}' gives {', '.join(sorted(first))}, but '{member}' gives {gives}: "
+                    "rename them, or list those to combine in 'tensors'"
+                )
+                problems.append(Problem(text, node="branches"))
+                return None
+            missing = [name for name in names if name not in outputs]
+            if missing:
+                text = f"'tensors' names {', '.join(missing)}, but member '{member}' gives {gives}"
+                problems.append(Problem(text, node="tensors"))
+                return None
+            for name in names:
+                reason = outputs[name].conflict_with(first[name])
+                if reason:
+                    text = f"members do not fit: output '{name}' of '{member}' against '{first_name}': its {reason}"
+                    problems.append(Problem(text, node="branches"))
+        for name in names:
+            datatype = first[name].datatype or ""
+            if combine != "vote" and datatype and not datatype.startswith(("FP", "BF")):
+                text = (
+                    f"output '{name}' is {datatype}, and a mean of labels is no label: vote over it, "
+                    "or leave it out: 'tensors' lists those to combine"
+                )
+                problems.append(Problem(text, node="combine"))
+        return {name: first[name] for name in names} if len(known) == len(branches) else None
+
+    def _columns(self, members: Members) -> list[str]:
+        """Return the names of the outputs to combine."""
+        for name, tensors in members.items():
+            if not isinstance(tensors, Mapping):
+                raise StepFailed(f"member '{name}' gave a {type(tensors).__name__}, expected a mapping of tensor name to array")
+        first_name, first = next(iter(members.items()))
+        if self.options.tensors is not None:
+            for name, tensors in members.items():
+                missing = [column for column in self.options.tensors if column not in tensors]
+                if missing:
+                    raise StepFailed(f"member '{name}' gave {sorted(tensors)}, but no {', '.join(missing)}")
+            return self.options.tensors
+        for name, tensors in members.items():
+            if tensors.keys() != first.keys():
+                raise StepFailed(f"member '{first_name}' gave {sorted(first)}, but '{name}' gave {sorted(tensors)}")
+        return list(first)
+
+    def _stack(self, members: Members, column: str) -> list[Array]:
+        arrays = [tensors[column] for tensors in members.values()]
+        if any(array.shape != arrays[0].shape for array in arrays):
+            shapes = ", ".join(f"{name} {list(tensors[column].shape)}" for name, tensors in members.items())
+            raise StepFailed(f"members' outputs '{column}' differ in shape: {shapes}")
+        if any(array.dtype != arrays[0].dtype for array in arrays):
+            dtypes = ", ".join(f"{name} {tensors[column].dtype}" for name, tensors in members.items())
+            raise StepFailed(f"members' outputs '{column}' differ in datatype: {dtypes}")
+        return arrays
+
+    def _shares(self, members: Members) -> list[float]:
+        """Return the weights of the members that answered, summing up to 1."""
+        weights = [self._weights[name] for name in members]
+        total = sum(weights)
+        if total == 0:
+            raise Unavailable(f"only members of weight 0 answered: {', '.join(members)}")
+        return [weight / total for weight in weights]
+
+    def _mean(self, members: Members) -> dict[str, Array]:
+        shares = self._shares(members)
+        result: dict[str, Array] = {}
+        for column in self._columns(members):
+            arrays = self._stack(members, column)
+            dtype = arrays[0].dtype
+            if dtype.kind != "f" and dtype.name != "bfloat16":
+                raise StepFailed(f"output '{column}' is {dtype}, and a mean of labels is no label; vote over it")
+            if len(set(shares)) == 1:
+                total = arrays[0] + arrays[1] if len(arrays) > 1 else arrays[0]
+                for array in arrays[2:]:
+                    total = total + array
+                result[column] = total if len(arrays) == 1 else total / dtype.type(len(arrays))
+            else:
+                total = arrays[0] * dtype.type(shares[0])
+                for array, share in zip(arrays[1:], shares[1:], strict=True):
+                    total = total + array * dtype.type(share)
+                result[column] = total
+        return result
+
+    def _vote(self, members: Members) -> dict[str, Array]:
+        """Elect each element's label by weight; of labels with equal votes the smallest wins."""
+        shares = self._shares(members)
+        result: dict[str, Array] = {}
+        for column in self._columns(members):
+            arrays = self._stack(members, column)
+            if arrays[0].dtype.kind in "fV":
+                raise StepFailed(f"output '{column}' is {arrays[0].dtype}: vote over labels, or take the mean of scores")
+            labels, places = np.unique(np.stack(arrays), return_inverse=True)
+            places = places.reshape(len(arrays), *arrays[0].shape)
+            votes = np.zeros((len(labels), *arrays[0].shape))
+            for place, share in zip(places, shares, strict=True):
+                for label in range(len(labels)):
+                    votes[label] += share * (place == label)
+            # Rounded: sums of equal shares must tie although floating addition differs in the last bit.
+            result[column] = labels[np.round(votes, 12).argmax(axis=0)].astype(arrays[0].dtype)
+        return result
+
+
+def _union_of_inputs(branches: Mapping[str, Signature]) -> Mapping[str, TensorSpec] | None:
+    union: dict[str, TensorSpec] = {}
+    for signature in branches.values():
+        if signature.inputs is None:
+            return None
+        union.update(signature.inputs)
+    return union

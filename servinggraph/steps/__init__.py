@@ -1,0 +1,5 @@
+"""Kinds of steps, one file each. `steps.Onnx(...)` and the like describe a node for the Python builder."""
+
+from servinggraph.steps.builders import Onnx, Python
+
+__all__ = ["Onnx", "Python"]

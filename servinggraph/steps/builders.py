@@ -1,0 +1,34 @@
+"""What stands for a step in the Python builder: its kind and options, checked by the compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from servinggraph.interfaces import NodeSketch
+
+__all__ = ["Onnx", "Python"]
+
+
+def Onnx(path: str, **options: Any) -> NodeSketch:  # noqa: N802  (reads as the kind that it makes)
+    """Return an ONNX model step for the builder.
+
+    Args:
+        path: the `.onnx` file; relative paths start from the working directory.
+        options: keys of the `onnx` step and of any node: `device`, `batch`, `rename`, ...
+    """
+    return NodeSketch("step", "onnx", {"path": str(path), **options})
+
+
+def Python(  # noqa: N802
+    call: str | Callable[..., Any], init: Mapping[str, Any] | None = None, **options: Any
+) -> NodeSketch:
+    """Return a Python step for the builder, where it needs options; a bare function is one, too.
+
+    Args:
+        call: function, class, or import string.
+        init: arguments for a class.
+        options: keys of the `python` step and of any node: `run`, `batch`, `timeout_ms`, ...
+    """
+    given = {"init": dict(init)} if init else {}
+    return NodeSketch("step", "python", {"call": call, **given, **options})

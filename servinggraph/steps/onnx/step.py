@@ -1,0 +1,274 @@
+"""The `onnx` step itself: options, signature, and the callable that runs the model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from servinggraph.accelerators import placement
+from servinggraph.accelerators.devices import DEVICE_PATTERN
+from servinggraph.concurrency import WorkerThreads
+from servinggraph.context import Context
+from servinggraph.errors import DatatypeMismatch, GraphInvalid, InvalidRequest, Problem, ShapeMismatch, StepFailed
+from servinggraph.interfaces import BatchPolicy, Operation, Options, Step
+from servinggraph.steps.onnx.binding import BoundSession
+from servinggraph.steps.onnx.probe import rows_are_independent, run_seconds, sample, thread_hop_seconds
+from servinggraph.steps.onnx.session import DeviceMissing, open_session, placed
+from servinggraph.steps.onnx.tensors import decode_text, output_converter, tensor_spec
+from servinggraph.tensors import Array, Signature, TensorSpec, datatype_of, fits_shape
+
+__all__ = ["Onnx", "OnnxOptions", "TensorRtOptions"]
+
+logger = logging.getLogger("servinggraph.steps.onnx")
+
+
+class TensorRtOptions(Options):
+    """Switches of TensorRT, for `device: tensorrt`."""
+
+    fp16: bool = Field(False, description="Let TensorRT compute in half precision.")
+    int8: bool = Field(False, description="Let TensorRT compute in 8-bit integers; needs calibration or Q/DQ nodes.")
+    calibration_table: str | None = Field(None, description="Calibration table for `int8`.")
+    engine_cache: bool = Field(True, description="Keep built engines on disk: building takes minutes.")
+    cache_folder: str = Field(".tensorrt", description="Where engines are kept; relative to the graph file.")
+    workspace_mb: int | None = Field(None, ge=1, description="Most scratch memory for building engines, MiB.")
+
+
+class OnnxOptions(Options):
+    """An ONNX model."""
+
+    path: str = Field(description="The .onnx file; a relative path starts from the graph file.")
+    device: str = Field("cpu", pattern=DEVICE_PATTERN, description="cpu, cuda, tensorrt, openvino, or auto; `cuda:1` picks one.")
+    run: Literal["auto", "inline", "thread"] = Field(
+        "auto", description="Where it runs: on the event loop, in a thread, or as measured at start."
+    )
+    threads: int = Field(1, ge=0, description="Threads inside one run; 0 lets ONNX Runtime take every core.")
+    inter_threads: int = Field(1, ge=0, description="Parts of the model that run side by side within one run.")
+    allow_spinning: bool = Field(True, description="Let idle threads of ONNX Runtime spin instead of sleep.")
+    parallel_runs: int = Field(4, ge=1, le=256, description="Runs at the same time when the node is not batched.")
+    optimization: Literal["disable", "basic", "extended", "all"] = Field("all", description="Graph optimisation level.")
+    provider_options: dict[str, Any] = Field(default_factory=dict, description="Options of the execution provider.")
+    session_config: dict[str, str] = Field(default_factory=dict, description="Session configuration entries.")
+    tensorrt: TensorRtOptions = Field(default_factory=TensorRtOptions, description="Switches of TensorRT.")
+    warmup: bool = Field(True, description="Run the model once for each batch size before the first request.")
+    warmup_shapes: dict[str, list[int]] = Field(
+        default_factory=dict, description="Input name to a whole shape to warm up with, where axes other than the first are free."
+    )
+
+
+class Onnx(Step[OnnxOptions]):
+    """Runs a model with ONNX Runtime.
+
+    Takes the tensors that the model names and leaves others aside. With no word on `batch`
+    it batches if the first axis of every tensor is free and a trial shows that rows do not
+    influence each other.
+    """
+
+    options_type = OnnxOptions
+    gives_row_errors = False
+
+    def prepare(self) -> Signature:
+        path = Path(self.options.path)
+        self._path = path if path.is_absolute() else self.base / path
+        if not self._path.is_file():
+            what = "is a folder" if self._path.is_dir() else "does not exist"
+            raise GraphInvalid([Problem(f"model file '{self.options.path}' {what} (looked at {self._path})", node="path")])
+        try:
+            self._place = placed(placement(self.options.device))
+            cache = self.base / self.options.tensorrt.cache_folder
+            if self._place.kind == "tensorrt" and self.options.tensorrt.engine_cache:
+                cache.mkdir(parents=True, exist_ok=True)
+            self._session = open_session(self._path, self.options, self._place, cache)
+        except DeviceMissing as error:
+            raise GraphInvalid([Problem(str(error), node="device")]) from error
+        except Exception as error:
+            text = f"ONNX Runtime cannot read '{self.options.path}': {_first_line(error)}"
+            raise GraphInvalid([Problem(text, node="path")]) from error
+        self._session.disable_fallback()  # a device that fails is an error, not a silent move to the CPU
+        return self._read_signature()
+
+    def load(self, batch: BatchPolicy | bool | None) -> BatchPolicy | None:
+        self._threads: WorkerThreads | None = None
+        self._execute = self._runner()
+        policy = self._auto_policy() if batch is None else super().load(batch)
+        slowest = self._warm_up(policy) if self.options.warmup else None
+        mode = self.options.run
+        if mode == "auto":
+            hop = thread_hop_seconds()
+            mode = "inline" if slowest is not None and slowest < hop and not self._place.is_nvidia else "thread"
+            if slowest is not None:
+                text = "node '%s': its longest run takes %.0f us, a thread hop %.0f us: runs %s"
+                logger.info(text, self.name, slowest * 1e6, hop * 1e6, mode)
+        self._mode = mode
+        if mode == "thread":
+            self._threads = WorkerThreads(policy.instances if policy else self.options.parallel_runs, self.name)
+            self._threads.start()
+        return policy
+
+    def unload(self) -> None:
+        threads = getattr(self, "_threads", None)
+        if threads is not None:
+            threads.stop()
+        # The session itself goes when a thread that still runs lets go of it.
+        self._threads = None
+        self.__dict__.pop("_execute", None)
+        self.__dict__.pop("_session", None)
+
+    def admit(self, value: Any) -> dict[str, Array]:
+        """Pick the model's tensors and check them."""
+        if not isinstance(value, Mapping):
+            value = self._as_only_input(value)
+        admitted = {}
+        for name, datatype, shape, dtype in self._expected:
+            try:
+                array = value[name]
+            except KeyError:
+                if name in self._optional:
+                    continue
+                have = ", ".join(map(str, value)) or "no tensors"
+                raise StepFailed(f"model input '{name}' did not arrive: got {have}") from None
+            if not isinstance(array, np.ndarray):
+                raise StepFailed(f"model input '{name}' must be a numpy array, got {type(array).__name__}")
+            if array.dtype is not dtype and datatype_of(array) != datatype:
+                raise DatatypeMismatch(name, self.name, datatype, datatype_of(array) or str(array.dtype))
+            if not fits_shape(array.shape, shape):
+                raise ShapeMismatch(name, self.name, shape, array.shape)
+            admitted[name] = array
+        return admitted
+
+    def operation(self) -> Operation:
+        execute, admit = self._execute, self.admit
+        if self._threads is not None:
+            threads = self._threads
+
+            def in_thread(value: Any, context: Context) -> Any:
+                return threads.call(run, admit(value), context)
+
+            def run(value: Any, context: Context) -> Any:
+                return execute(value)
+
+            return Operation(in_thread, suspends=True)
+        return Operation(lambda value, context: execute(admit(value)), suspends=False)
+
+    def describe(self) -> str:
+        mode = getattr(self, "_mode", None)
+        return f"onnx {self.options.path} on {self._place}" + (f" ({mode})" if mode else "")
+
+    def _read_signature(self) -> Signature:
+        problems: list[Problem] = []
+        inputs: dict[str, TensorSpec] = {}
+        outputs: dict[str, TensorSpec] = {}
+        for side, metas, specs in (
+            ("input", self._session.get_inputs(), inputs),
+            ("output", self._session.get_outputs(), outputs),
+        ):
+            for meta in metas:
+                spec = tensor_spec(meta.type, meta.shape)
+                if spec is None:
+                    text = f"model {side} '{meta.name}' has type {meta.type}, which ONNX Runtime's Python API or V2 cannot carry"
+                    problems.append(Problem(text, node="path"))
+                else:
+                    specs[meta.name] = spec
+        if problems:
+            raise GraphInvalid(problems)
+        # Initializers that a request may override are listed apart and are never required.
+        self._optional: set[str] = set()
+        self._signature = Signature(inputs, outputs)
+        from servinggraph.tensors import DATATYPES
+
+        self._expected = [
+            (name, spec.datatype or "", spec.shape or (), DATATYPES[spec.datatype or "FP32"]) for name, spec in inputs.items()
+        ]
+        return self._signature
+
+    def _as_only_input(self, value: Any) -> dict[str, Any]:
+        """A bare array goes to the only input; anything else has no name to find it by."""
+        if isinstance(value, np.ndarray) and len(self._expected) == 1:
+            return {self._expected[0][0]: value}
+        names = ", ".join(name for name, *_ in self._expected)
+        raise StepFailed(f"takes tensors {names} by name, but got a {type(value).__name__}: return a mapping of name to array")
+
+    def _runner(self) -> Callable[[dict[str, Array]], dict[str, Array]]:
+        """Return the callable that runs the model on admitted tensors."""
+        session = self._session
+        metas = session.get_outputs()
+        names = [meta.name for meta in metas]
+        run = BoundSession(session, names, self._place).run if self._place.is_nvidia else None
+        plain = session.run
+        texts = [name for name, datatype, *_ in self._expected if datatype == "BYTES"]
+        converters = [output_converter(meta.type) for meta in metas]
+        if not texts and not any(converters) and run is None:
+            return lambda feeds: dict(zip(names, plain(names, feeds), strict=True))
+
+        def execute(feeds: dict[str, Array]) -> dict[str, Array]:
+            for name in texts:
+                if name in feeds:
+                    try:
+                        feeds = {**feeds, name: decode_text(feeds[name])}
+                    except UnicodeDecodeError as error:
+                        raise InvalidRequest(f"model input '{name}' is text, and an element is not UTF-8: {error}") from error
+            results = run(feeds) if run is not None else plain(names, feeds)
+            return {
+                name: result if convert is None else convert(result)
+                for name, result, convert in zip(names, results, converters, strict=True)
+            }
+
+        return execute
+
+    def _auto_policy(self) -> BatchPolicy | None:
+        """Return the default policy if the model may be batched, as its axes say and a trial shows."""
+        for tensors in (self._signature.inputs, self._signature.outputs):
+            for spec in (tensors or {}).values():
+                if not spec.shape or spec.shape[0] != -1:
+                    return None
+        if not self._expected:
+            return None
+        rows = 3
+        values = self._sample(rows)
+        if values is None:
+            logger.info("node '%s': not batched, since no trial run worked; 'batch: true' batches it all the same", self.name)
+            return None
+        try:
+            reason = rows_are_independent(self._execute, values, rows)
+        except Exception as error:
+            reason = f"a trial run failed: {_first_line(error)}"
+        if reason is not None:
+            logger.info("node '%s': not batched: %s", self.name, reason)
+            return None
+        return BatchPolicy()
+
+    def _sample(self, rows: int) -> dict[str, Array] | None:
+        """Return tensors that the model takes; free axes other than the first are guessed where nothing says them."""
+        assert self._signature.inputs is not None
+        for free in (1, 8, 32, 224):
+            values = sample(self._signature.inputs, rows, self.options.warmup_shapes, free)
+            try:
+                self._execute(values)
+            except Exception as error:
+                if self.options.warmup_shapes:
+                    raise StepFailed(f"warm-up with 'warmup_shapes' failed: {_first_line(error)}") from error
+                continue
+            return values
+        return None
+
+    def _warm_up(self, policy: BatchPolicy | None) -> float | None:
+        """Run every batch size that may occur most; return the longest time in seconds, None if none ran."""
+        sizes = {1, policy.max_rows, *(policy.pad_to or policy.preferred_rows or [])} if policy else {1}
+        slowest: float | None = None
+        for rows in sorted(sizes):
+            values = self._sample(rows)
+            if values is None:
+                text = "node '%s': no warm-up, since no guessed input worked: say 'warmup_shapes', or 'warmup: false'"
+                logger.warning(text, self.name)
+                return None
+            slowest = max(slowest or 0.0, run_seconds(self._execute, values))
+        return slowest
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,219 @@
+"""A server without ports: the production path from bytes to bytes, in the test's process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from servinggraph.context import Context, ParameterValue
+from servinggraph.errors import InvalidRequest
+from servinggraph.interfaces import FrontEndOptions
+from servinggraph.lifecycle import Admission, Catalog
+from servinggraph.messages import InferenceResponse
+from servinggraph.plan import Plan
+from servinggraph.protocols.http.server import make_asgi
+from servinggraph.protocols.v2.client import decode_response, encode_request
+from servinggraph.tensors import DATATYPES, Array, TensorSpec
+from servinggraph.testing.fakes import constant
+
+__all__ = ["AsyncMock", "HttpReply", "MockServer", "SyncMock"]
+
+Compile = Callable[[Mapping[str, Callable[..., Any]]], Plan]
+
+
+class HttpReply(NamedTuple):
+    """An HTTP answer."""
+
+    status: int
+    """Status code."""
+    headers: dict[str, str]
+    """Headers by lower-case name."""
+    body: bytes
+    """The body as sent."""
+
+    def json(self) -> Any:
+        """Return the body parsed as JSON."""
+        return orjson.loads(self.body)
+
+
+class MockServer:
+    """Makes a server for a test: `with graph.mock() as server` or `async with graph.mock() as server`.
+
+    Args:
+        compile: makes the plan, given what stands in for which node.
+        replace: node or branch name to a callable, or to a mapping of tensors.
+        limits: fields of `FrontEndOptions`.
+    """
+
+    def __init__(self, compile: Compile, replace: Mapping[str, Any] | None = None, **limits: Any) -> None:
+        stand_ins = {
+            name: constant(stand_in) if isinstance(stand_in, Mapping) else stand_in
+            for name, stand_in in (replace or {}).items()
+        }
+        self._plan = compile(stand_ins)
+        self._options = FrontEndOptions(**limits)
+        self._async: AsyncMock | None = None
+
+    async def __aenter__(self) -> AsyncMock:
+        self._async = AsyncMock(self._plan, self._options)
+        await self._async.start()
+        return self._async
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._async is not None
+        await self._async.stop()
+
+    def __enter__(self) -> SyncMock:
+        with ExitStack() as stack:
+            portal = stack.enter_context(start_blocking_portal())
+            server = portal.call(self.__aenter__)
+            stack.callback(portal.call, server.stop)
+            self._stack = stack.pop_all()
+        return SyncMock(server, portal)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+
+class AsyncMock:
+    """The running mock server.
+
+    Attributes:
+        in_flight: requests whose work has not ended.
+    """
+
+    def __init__(self, plan: Plan, options: FrontEndOptions) -> None:
+        self._plan = plan
+        self._catalog = Catalog()
+        self._admission = Admission(options.max_in_flight)
+        self._options = options
+
+    async def start(self) -> None:
+        """Load the graph."""
+        await self._catalog.load([self._plan])
+        self._asgi = make_asgi(self._catalog, self._admission, self._options)
+        self._graph = self._catalog.get(self._plan.name)
+
+    async def stop(self) -> None:
+        """Unload the graph."""
+        await self._catalog.stop()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests whose work has not ended yet; 0 when every slot is free."""
+        return self._admission.in_flight
+
+    async def infer(
+        self,
+        inputs: Mapping[str, Any] | None = None,
+        /,
+        *,
+        id: str = "",
+        parameters: Mapping[str, ParameterValue] | None = None,
+        headers: Mapping[str, str] | None = None,
+        outputs: Sequence[str] = (),
+        timeout_s: float | None = None,
+        **tensors: Any,
+    ) -> InferenceResponse:
+        """Send one request through codec, graph and codec.
+
+        Args:
+            inputs: tensors by name; keyword arguments do as well. Arrays go as they are, lists
+                are made arrays of the declared datatype.
+            id: request id.
+            parameters: V2 request parameters.
+            headers: request headers.
+            outputs: outputs to ask for; all by default.
+            timeout_s: deadline, as the header X-Request-Timeout-Ms sets it.
+
+        Raises:
+            ServingGraphError: what a client would get as an error; `__cause__` is the step's own.
+        """
+        arrays = {name: self._array(name, given) for name, given in {**(inputs or {}), **tensors}.items()}
+        body, length = encode_request(arrays, id, parameters, outputs)
+        sent = dict(headers or {})
+        sent["inference-header-content-length"] = str(length)
+        if timeout_s is not None:
+            sent["x-request-timeout-ms"] = repr(timeout_s * 1e3)
+        raw = [(name.lower().encode("latin-1"), text.encode("latin-1")) for name, text in sent.items()]
+        context = Context()
+        self._admission.enter()
+        try:
+            encoded = await self._asgi.answer(self._graph, body, dict(raw), raw, context)
+        finally:
+            context.when_idle(self._admission.leave)
+        return decode_response(encoded.body, encoded.header_length)
+
+    async def request(
+        self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+    ) -> HttpReply:
+        """Send an HTTP request as bytes to the application that `serve` runs, without a socket."""
+        sent: list[Any] = []
+        bodies = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Any:
+            if bodies:
+                return bodies.pop()
+            await asyncio.Event().wait()  # the client stays
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        raw = [(name.lower().encode("latin-1"), text.encode("latin-1")) for name, text in (headers or {}).items()]
+        raw.append((b"content-length", str(len(body)).encode()))
+        path, _, query = path.partition("?")
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
+            "path": path, "raw_path": path.encode(), "root_path": "", "query_string": query.encode(), "headers": raw,
+            "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80),
+        }  # fmt: skip
+        # A task of its own: a request that is cancelled must not cancel the test.
+        await asyncio.ensure_future(self._asgi(scope, receive, send))
+        start, *parts = sent
+        answer_headers = {name.decode().lower(): text.decode() for name, text in start["headers"]}
+        return HttpReply(start["status"], answer_headers, b"".join(part.get("body", b"") for part in parts))
+
+    def _array(self, name: str, given: Any) -> Array:
+        if isinstance(given, np.ndarray):
+            return given
+        spec = self._plan.inputs.get(name, TensorSpec())
+        dtype = DATATYPES[spec.datatype] if spec.datatype else None
+        try:
+            return np.asarray(given, dtype=dtype)
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"input '{name}' cannot be made an array of {spec.datatype}: {error}") from error
+
+
+class SyncMock:
+    """The running mock server for tests that are not async; calls may come from several threads."""
+
+    def __init__(self, server: AsyncMock, portal: BlockingPortal) -> None:
+        self._server = server
+        self._portal = portal
+
+    @property
+    def in_flight(self) -> int:
+        """Requests whose work has not ended yet; 0 when every slot is free."""
+        return self._server.in_flight
+
+    def infer(self, inputs: Mapping[str, Any] | None = None, /, **options: Any) -> InferenceResponse:
+        """Send one request; see `AsyncMock.infer`."""
+        return self._portal.call(lambda: self._server.infer(inputs, **options))
+
+    def request(
+        self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+    ) -> HttpReply:
+        """Send an HTTP request; see `AsyncMock.request`."""
+        return self._portal.call(lambda: self._server.request(method, path, body, headers))
+
