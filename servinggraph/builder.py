@@ -147,13 +147,8 @@ class Graph:
         Raises:
             GraphInvalid: not readable, or not a graph; with every problem.
         """
-        source = read_file(Path(path), overrides)
-        graph = cls.__new__(cls)
-        graph._document = source.document
-        graph._document["version"] = str(source.document.get("version", "1"))
-        graph._base = source.base
-        graph._file = str(path)
-        graph._lines = source.lines
+        graph = cls("", {})
+        graph._adopt(read_file(Path(path), overrides))
         return graph
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -195,6 +190,11 @@ class Graph:
         # By name: testing stands above the builder, and production never imports it.
         mock: MockServer = import_module("servinggraph.testing.mock").MockServer(self.compile, replace, **limits)
         return mock
+
+    def _adopt(self, source: Source) -> None:
+        self._document = source.document
+        self._document["version"] = str(source.document.get("version", "1"))
+        self._base, self._file, self._lines = source.base, source.file, source.lines
 
     def _source(self) -> Source:
         return Source(self._document, self._base, self._file, self._lines)
@@ -278,9 +278,8 @@ def _moved_node(node: Any, old: Path, new: Path) -> Any:
     if not isinstance(node, dict):
         return node
     moved = dict(node)
-    if isinstance(node.get("path"), str) and not os.path.isabs(node["path"]) and old != new:
+    if isinstance(node.get("path"), str) and not Path(node["path"]).is_absolute() and old != new:
         moved["path"] = Path(os.path.relpath(old / node["path"], new)).as_posix()
     if isinstance(node.get("branches"), dict):
         moved["branches"] = {name: _moved_node(branch, old, new) for name, branch in node["branches"].items()}
     return moved
-

@@ -56,6 +56,7 @@ class WorkerThreads:
         self._name = name
         self._calls: SimpleQueue[tuple[Any, ...] | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
         """Start the threads."""
@@ -76,7 +77,9 @@ class WorkerThreads:
         A cancelled call that has not begun is never run. One that has begun goes on, and the
         context's slot is held until it ends.
         """
-        loop = asyncio.get_running_loop()
+        loop = self._loop
+        if loop is None:  # asked for once: in Python 3.11 it costs a system call
+            loop = self._loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
         context.begin_work()
         self._calls.put((loop, future, context, function, value))

@@ -117,8 +117,7 @@ class ShapeMismatch(InvalidRequest):
 
     def __init__(self, tensor: str, model: str, expected: Sequence[int], got: Sequence[int]) -> None:
         super().__init__(
-            f"unexpected shape for input '{tensor}' for model '{model}'. "
-            f"Expected {_dims(expected)}, got {_dims(got)}"
+            f"unexpected shape for input '{tensor}' for model '{model}'. Expected {_dims(expected)}, got {_dims(got)}"
         )
         self.tensor, self.model = tensor, model
         self.expected, self.got = tuple(expected), tuple(got)
@@ -128,9 +127,7 @@ class DatatypeMismatch(InvalidRequest):
     """A tensor's datatype is not the one that is declared."""
 
     def __init__(self, tensor: str, model: str, expected: str, got: str) -> None:
-        super().__init__(
-            f"inference input '{tensor}' data-type is '{got}', but model '{model}' expects '{expected}'"
-        )
+        super().__init__(f"inference input '{tensor}' data-type is '{got}', but model '{model}' expects '{expected}'")
         self.tensor, self.model = tensor, model
         self.expected, self.got = expected, got
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -85,7 +84,7 @@ def _prefer(base: Path, name: str) -> None:
         return
     loaded = sys.modules.get(top)
     origin = getattr(loaded, "__file__", None)
-    if here is not None and origin is not None and not os.path.samefile(origin, here):
+    if here is not None and origin is not None and not here.samefile(origin):
         raise ImportProblem(
             f"module '{top}' is loaded from {origin} already, and this graph wants {here}: "
             "one process cannot hold both under one name; rename one, or put it in a package"

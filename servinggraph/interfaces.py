@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from servinggraph.context import Context
 from servinggraph.tensors import Signature
 
-__all__ = ["BatchPolicy", "FrontEndOptions", "Handler", "NodeSketch", "Operation", "Options", "RowErrors", "Router", "Step"]
+__all__ = ["BatchPolicy", "FrontEndOptions", "Handler", "NodeSketch", "Operation", "Options", "Router", "RowErrors", "Step"]
 
 Handler = Callable[[Any, Context], Awaitable[Any]]
 """The one contract of the kernel: an async callable from (value, context) to a value."""
@@ -48,9 +48,7 @@ class BatchPolicy(Options):
     preferred_rows: list[int] | None = Field(
         None, description="Sizes at which a batch leaves at once; by default only `max_rows`."
     )
-    pad_to: list[int] | None = Field(
-        None, description="Pad each batch with copies of its last row to the next of these sizes."
-    )
+    pad_to: list[int] | None = Field(None, description="Pad each batch with copies of its last row to the next of these sizes.")
     instances: int = Field(1, ge=1, le=256, description="How many batches may run at the same time.")
     max_queue: int = Field(1024, ge=1, description="Most requests waiting; one more is refused with 503.")
     queue_timeout_ms: float | None = Field(None, gt=0, description="Longest wait in the queue.")
@@ -59,9 +57,7 @@ class BatchPolicy(Options):
     )
     priorities: int = Field(1, ge=1, le=64, description="Number of priority levels; 1 is served first.")
     default_priority: int | None = Field(None, ge=1, description="Level of requests that name none; the last.")
-    isolate: bool = Field(
-        True, description="When a batch fails, run its members one by one, so that only the bad one fails."
-    )
+    isolate: bool = Field(True, description="When a batch fails, run its members one by one, so that only the bad one fails.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -192,7 +188,7 @@ class Step(ABC, Generic[OptionsT]):
 
     def unload(self) -> None:
         """Release what `load` took. Called once, also after a `load` that failed."""
-        return None
+        return
 
     def admit(self, value: Any) -> Any:
         """Check one request's value before it joins a batch, and keep the tensors that are used.

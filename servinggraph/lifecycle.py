@@ -119,11 +119,7 @@ class Catalog:
 
     def graphs(self) -> list[ServedGraph]:
         """Return every version of every graph, in order of name and version."""
-        return [
-            versions[version]
-            for _, versions in sorted(self._graphs.items())
-            for version in sorted(versions, key=int)
-        ]
+        return [versions[version] for _, versions in sorted(self._graphs.items()) for version in sorted(versions, key=int)]
 
     def get(self, name: str, version: str = "") -> ServedGraph:
         """Return a graph.

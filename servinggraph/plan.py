@@ -34,7 +34,6 @@ class PlanNode:
         batch: what the graph says of batching; None when it is silent.
         outputs: declared outputs, checked on every answer; None when nothing is declared.
         signature: what it takes and gives as far as known, names as outside the node.
-        outputs_checked: declared outputs by the name inside the node, to check answers against.
     """
 
     name: str
@@ -84,5 +83,5 @@ class Plan:
         while waiting:
             node = waiting.pop()
             found.append(node)
-            waiting.extend(reversed(node.branches.values()))
+            waiting.extend(reversed(list(node.branches.values())))
         return found

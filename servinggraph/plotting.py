@@ -67,7 +67,9 @@ def mermaid(plan: Plan) -> str:
 
 def _dot(plan: Plan, graphviz: Any) -> Any:
     picture = graphviz.Digraph(plan.name, graph_attr={"rankdir": "LR", "fontname": "Helvetica", "compound": "true"})
-    picture.attr("node", shape="box", style="rounded,filled", fillcolor="#eef3fb", color="#5b7bb4", fontname="Helvetica", fontsize="11")
+    picture.attr(
+        "node", shape="box", style="rounded,filled", fillcolor="#eef3fb", color="#5b7bb4", fontname="Helvetica", fontsize="11"
+    )
     picture.attr("edge", color="#5b6b80")
     picture.node(INPUTS, _tensors(plan.inputs, "\n") or INPUTS, shape="oval", fillcolor="#f6f6f6")
     for node in plan.nodes:

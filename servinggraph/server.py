@@ -99,8 +99,7 @@ def _bare_model(path: Path, overrides: Sequence[str]) -> Plan:
         for name, tensor in signature.items()
     }
     source.document["inputs"] = inputs
-    plan = compile_source(source)
-    return plan
+    return compile_source(source)
 
 
 def _model_signature(spec: GraphSpec, source: Source) -> dict[str, Any]:
@@ -155,12 +154,15 @@ class Server:
             if port == "off":
                 continue
             if protocol not in kinds("protocols"):
-                raise CannotServe(f"--{protocol}-port {port}: no {protocol} front end is installed; this version serves {', '.join(kinds('protocols'))}")
+                have = ", ".join(kinds("protocols"))
+                raise CannotServe(f"--{protocol}-port {port}: no {protocol} front end is installed; there is {have}")
             front_end = load_kind("protocols", protocol)(self.catalog, admission, options, options.host, port)
             try:
                 front_end.bind()
             except OSError as error:
-                raise CannotServe(f"cannot listen on {options.host} port {port} ({protocol}): {error.strerror or error}") from None
+                raise CannotServe(
+                    f"cannot listen on {options.host} port {port} ({protocol}): {error.strerror or error}"
+                ) from None
             self.front_ends[protocol] = front_end
         if not self.front_ends:
             raise CannotServe("every front end is off: there would be no way to reach a graph")
@@ -199,4 +201,3 @@ class Server:
         finally:
             for name in names:
                 loop.remove_signal_handler(name)
-

@@ -26,6 +26,9 @@ from servinggraph.tensors import Array, row_count
 
 __all__ = ["Batcher"]
 
+_LONELY = 4
+"""Batches of one request in a row after which the next request is not made to wait for company."""
+
 
 class _Waiter:
     """One request, or one piece of a large one, on its way through a batch."""
@@ -84,8 +87,13 @@ class Batcher:
         self._running = 0
         self._instances = policy.instances
         self._max_rows = policy.max_rows
+        self._wait_when_idle = policy.wait_when_idle and policy.max_delay_ms > 0
         self._pad_to = sorted(policy.pad_to) if policy.pad_to else None
         self._pump_is_due = False
+        # Whether requests have come one in a turn of the loop, of late: then there is nothing to
+        # wait for, and an idle node is run at once, without another turn.
+        self._lone_turns = _LONELY
+        self._used_this_turn = False
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closed = False
@@ -123,13 +131,26 @@ class Batcher:
             rows = row_count(value)
             key = group_key(value)
         except ServingGraphError as error:
-            raise error.at(self._name)
+            error.at(self._name)
+            raise
         except Exception as error:
             raise InvalidRequest(f"cannot batch this value: {error}").at(self._name) from error
         if rows > self._max_rows:
             return self._submit_pieces(value, rows, key, context)
         result = self._loop.create_future()
-        self._put(_Waiter(value, rows, key, context, result))
+        waiter = _Waiter(value, rows, key, context, result)
+        if (
+            self._lone_turns >= _LONELY
+            and not self._wait_when_idle
+            and not self._running
+            and not self._used_this_turn
+            and not self._queue.waiting
+        ):
+            self._used_this_turn = True
+            self._loop.call_soon(self._end_turn)
+            self._start([waiter])
+            return result
+        self._put(waiter)
         return result
 
     async def close(self) -> None:
@@ -144,9 +165,7 @@ class Batcher:
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    def _submit_pieces(
-        self, value: Mapping[str, Array], rows: int, key: Hashable, context: Context
-    ) -> asyncio.Future[Any]:
+    def _submit_pieces(self, value: Mapping[str, Array], rows: int, key: Hashable, context: Context) -> asyncio.Future[Any]:
         pieces: list[asyncio.Future[Any]] = []
         try:
             for start in range(0, rows, self._max_rows):
@@ -164,6 +183,8 @@ class Batcher:
         return task
 
     def _put(self, waiter: _Waiter) -> None:
+        if self._used_this_turn:
+            self._lone_turns = 0
         try:
             self._queue.put(waiter, self._loop.time(), idle=self._running == 0)
         except QueueFull:
@@ -179,6 +200,9 @@ class Batcher:
             self._pump_is_due = True
             self._loop.call_soon(self._pump)
 
+    def _end_turn(self) -> None:
+        self._used_this_turn = False
+
     def _pump(self) -> None:
         """Start every batch that is due, and plan the next look."""
         self._pump_is_due = False
@@ -193,6 +217,7 @@ class Batcher:
             batch = queue.take(now)
             if not batch:
                 break
+            self._lone_turns = self._lone_turns + 1 if len(batch) == 1 else 0
             self._start(batch)  # type: ignore[arg-type]  # only _Waiters are put
         if queue.waiting:
             moment = queue.next_event(busy=self._running >= self._instances)

@@ -41,7 +41,7 @@ def pad(tensors: Mapping[str, Array], rows: int, size: int) -> dict[str, Array]:
 
 def rows_of_result(result: Any, rows: int) -> str | None:
     """Say why a batch's result cannot be split into `rows` rows; None when it can."""
-    if not isinstance(result, Mapping):
+    if type(result) is not dict and not isinstance(result, Mapping):
         return f"a batched step must return a mapping of tensor name to array, got {type(result).__name__}"
     for name, array in result.items():
         shape = getattr(array, "shape", None)

@@ -34,7 +34,12 @@ def check(path: Path, overrides: tuple[str, ...]) -> None:
 @click.command()
 @_PATH
 @_SET
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write: .svg, .png, .dot or .mmd (Mermaid). By default Mermaid goes to the terminal.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="File to write: .svg, .png, .dot or .mmd (Mermaid). By default Mermaid goes to the terminal.",
+)
 def plot(path: Path, overrides: tuple[str, ...], output: Path | None) -> None:
     """Draw a graph."""
     from servinggraph.plotting import PlotProblem, draw, mermaid

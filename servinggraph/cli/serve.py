@@ -54,7 +54,7 @@ def serve(path: Path, overrides: tuple[str, ...], log_level: str, log_format: st
     configure_logging(log_level, log_format)
     given = {name: _port(value) if name.endswith("_port") else value for name, value in settings.items() if value is not None}
     try:
-        options = ServerOptions(**given)
+        options = ServerOptions.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
         flag = str(first["loc"][0]).replace("_", "-")
@@ -91,7 +91,8 @@ def _banner(server: Server, path: Path, seconds: float) -> str:
             depth = node.name.count(".")
             lines.append(f"    {'  ' * depth}{node.name.rpartition('.')[2]:<{16 - 2 * depth}} {node.work.describe()}")
     lines.append("")
-    host = server.options.host if server.options.host not in ("0.0.0.0", "::") else "127.0.0.1"
+    everywhere = ("0.0.0.0", "::")  # noqa: S104  (compared with, not listened on)
+    host = "127.0.0.1" if server.options.host in everywhere else server.options.host
     for name, front_end in server.front_ends.items():
         lines.append(f"  {name.upper()} on {name}://{server.options.host}:{front_end.port}")
     lines.append(f"  ready in {seconds:.2f} s; stop with Ctrl-C")

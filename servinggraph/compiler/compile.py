@@ -122,9 +122,7 @@ def _answer(spec: GraphSpec, given: Tensors, source: Source, problems: list[Prob
     return declared
 
 
-def _check_replacements(
-    replace: Replacements, nodes: Mapping[str, PlanNode], spec: GraphSpec, problems: list[Problem]
-) -> None:
+def _check_replacements(replace: Replacements, nodes: Mapping[str, PlanNode], spec: GraphSpec, problems: list[Problem]) -> None:
     known = [*spec.nodes]
     waiting = [(name, node) for name, node in spec.nodes.items()]
     while waiting:
@@ -132,9 +130,9 @@ def _check_replacements(
         for short, branch in (node.branches or {}).items():
             known.append(f"{prefix}.{short}")
             waiting.append((f"{prefix}.{short}", branch))
-    for name in replace:
-        if name not in known:
-            problems.append(Problem(f"there is no node '{name}' to replace{nearest(name, known)}"))
+    problems.extend(
+        Problem(f"there is no node '{name}' to replace{nearest(name, known)}") for name in replace if name not in known
+    )
 
 
 def _check_nodes_alone(source: Source, problems: list[Problem]) -> None:

@@ -41,9 +41,7 @@ class NodeCompiler:
     replace: Mapping[str, Callable[..., Any]]
     problems: list[Problem]
 
-    def node(
-        self, name: str, spec: NodeSpec, path: KeyPath, sources: tuple[str, ...], given: Tensors
-    ) -> PlanNode | None:
+    def node(self, name: str, spec: NodeSpec, path: KeyPath, sources: tuple[str, ...], given: Tensors) -> PlanNode | None:
         """Compile a node.
 
         Args:
@@ -68,6 +66,7 @@ class NodeCompiler:
             have = "both 'step' and 'router'" if spec.step else "neither 'step' nor 'router'"
             self._report(f"has {have}: a node is one or the other", path, name)
             return None
+        work: Step[Any] | Router[Any] | None
         if spec.step is not None:
             work, signature = self._step(name, spec, path)
         else:
@@ -111,9 +110,7 @@ class NodeCompiler:
             return None
 
     def _options(self, kind: Any, spec: NodeSpec, path: KeyPath, name: str) -> Any:
-        return validated(
-            kind.options_type, spec.extra, self.source, path, self.problems, node=name, other_keys=COMMON_KEYS
-        )
+        return validated(kind.options_type, spec.extra, self.source, path, self.problems, node=name, other_keys=COMMON_KEYS)
 
     def _step(self, name: str, spec: NodeSpec, path: KeyPath) -> tuple[Step[Any] | None, Signature | None]:
         if spec.branches is not None:

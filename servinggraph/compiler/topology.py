@@ -25,15 +25,15 @@ def sources_of(spec: GraphSpec, source: Source, problems: list[Problem]) -> dict
         for predecessor in after:
             if predecessor not in known:
                 hint = nearest(predecessor, [INPUTS, *(other for other in spec.nodes if other != name)])
-                problems.append(source.problem(f"'after' names '{predecessor}', which is no node{hint}", ("nodes", name, "after"), name))
+                problems.append(
+                    source.problem(f"'after' names '{predecessor}', which is no node{hint}", ("nodes", name, "after"), name)
+                )
         result[name] = tuple(known)
         previous = name
     return result
 
 
-def ordered(
-    sources: Mapping[str, tuple[str, ...]], spec: GraphSpec, source: Source, problems: list[Problem]
-) -> list[str]:
+def ordered(sources: Mapping[str, tuple[str, ...]], spec: GraphSpec, source: Source, problems: list[Problem]) -> list[str]:
     """Return the nodes so that each comes after its sources; reports cycles, dead ends and the answer."""
     cycle = _cycle(sources)
     if cycle:
@@ -90,9 +90,7 @@ def _cycle(sources: Mapping[str, tuple[str, ...]]) -> list[str]:
     return []
 
 
-def _report_unused(
-    sources: Mapping[str, tuple[str, ...]], answer: str, source: Source, problems: list[Problem]
-) -> None:
+def _report_unused(sources: Mapping[str, tuple[str, ...]], answer: str, source: Source, problems: list[Problem]) -> None:
     used: set[str] = set()
     waiting = [answer]
     while waiting:

@@ -105,9 +105,7 @@ class Executor:
                 self.batchers[node.name] = batcher
                 operation = batcher.operation()
         else:
-            batchers: list[Batcher] = []
-            operation = step_operation(node, node.work, policies[node.name], batchers)
-            self.batchers.update({node.name: batcher for batcher in batchers})
+            operation = step_operation(node, node.work, policies[node.name], self.batchers)
         return wrapped(node, operation)
 
     def _branch(self, node: PlanNode, policies: Mapping[str, Any]) -> Handler:

@@ -45,49 +45,49 @@ def run_plan(nodes: Sequence[PlanNode], operations: Mapping[str, Operation], ans
 def named(steps: Sequence[tuple[str, Operation]]) -> Operation:
     """Return one operation that runs operations one after the other and names the one that fails."""
     clock = asyncio.get_running_loop().time
-    warned: set[str] = set()
+    if any(operation.suspends for _, operation in steps):
+        return Operation(_awaiting(steps, clock), suspends=True)
+    return Operation(_plain(steps, clock), suspends=False)
 
-    def report_slow(name: str, seconds: float) -> None:
-        if name not in warned:
-            warned.add(name)
-            logger.warning(
-                "node '%s' held the event loop for %.0f ms, and every other request waited: "
-                "give it 'run: thread' or make it async (reported once)",
-                name,
-                seconds * 1e3,
-            )
 
-    if not any(operation.suspends for _, operation in steps):
-        plain = [(name, operation.call) for name, operation in steps]
+def _plain(steps: Sequence[tuple[str, Operation]], clock: Callable[[], float]) -> Runner:
+    """Return a plain callable that runs operations of which none suspends."""
+    calls = [(name, operation.call) for name, operation in steps]
+    report_slow = _SlowSteps().report
 
-        def run(value: Any, context: Context) -> Any:
-            name = ""
-            deadline = context.deadline
-            started = perf_counter()
-            try:
-                for name, call in plain:
-                    if deadline is not None and clock() >= deadline:
-                        raise DeadlineExceeded("Request timeout expired before it ran")
-                    value = call(value, context)
-                    now = perf_counter()
-                    if now - started > SLOW_STEP_S:
-                        report_slow(name, now - started)
-                    started = now
-            except ServingGraphError as error:
-                raise error.at(name)
-            except (Exception, SystemExit) as error:
-                raise as_failure(error, name) from error
-            return value
+    def run(value: Any, context: Context) -> Any:
+        name = ""
+        deadline = context.deadline
+        started = perf_counter()
+        try:
+            for name, call in calls:
+                if deadline is not None and clock() >= deadline:
+                    raise DeadlineExceeded("Request timeout expired before it ran")
+                value = call(value, context)
+                now = perf_counter()
+                if now - started > SLOW_STEP_S:
+                    report_slow(name, now - started)
+                started = now
+        except ServingGraphError as error:
+            error.at(name)
+            raise
+        except (Exception, SystemExit) as error:
+            raise as_failure(error, name) from error
+        return value
 
-        return Operation(run, suspends=False)
+    return run
 
-    mixed = [(name, operation.call, operation.suspends) for name, operation in steps]
 
-    async def run_async(value: Any, context: Context) -> Any:
+def _awaiting(steps: Sequence[tuple[str, Operation]], clock: Callable[[], float]) -> Runner:
+    """Return an async callable that runs operations of which some suspend."""
+    calls = [(name, operation.call, operation.suspends) for name, operation in steps]
+    report_slow = _SlowSteps().report
+
+    async def run(value: Any, context: Context) -> Any:
         name = ""
         deadline = context.deadline
         try:
-            for name, call, suspends in mixed:
+            for name, call, suspends in calls:
                 if deadline is not None and clock() >= deadline:
                     raise DeadlineExceeded("Request timeout expired before it ran")
                 if suspends:
@@ -99,7 +99,8 @@ def named(steps: Sequence[tuple[str, Operation]]) -> Operation:
                     if seconds > SLOW_STEP_S:
                         report_slow(name, seconds)
         except ServingGraphError as error:
-            raise error.at(name)
+            error.at(name)
+            raise
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
@@ -110,7 +111,25 @@ def named(steps: Sequence[tuple[str, Operation]]) -> Operation:
             raise as_failure(error, name) from error
         return value
 
-    return Operation(run_async, suspends=True)
+    return run
+
+
+class _SlowSteps:
+    """Reports an inline step that holds the event loop, once for each."""
+
+    def __init__(self) -> None:
+        self._reported: set[str] = set()
+
+    def report(self, name: str, seconds: float) -> None:
+        if name in self._reported:
+            return
+        self._reported.add(name)
+        logger.warning(
+            "node '%s' held the event loop for %.0f ms, and every other request waited: "
+            "give it 'run: thread' or make it async (reported once)",
+            name,
+            seconds * 1e3,
+        )
 
 
 def _stretches(nodes: Sequence[PlanNode]) -> list[list[PlanNode]]:

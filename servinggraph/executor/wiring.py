@@ -21,16 +21,14 @@ from servinggraph.tensors import TensorSpec, datatype_of, fits_shape
 __all__ = ["as_failure", "read_only", "router_operation", "step_operation", "wrapped"]
 
 
-def step_operation(
-    node: PlanNode, step: Step[Any], policy: BatchPolicy | None, batchers: list[Batcher]
-) -> Operation:
-    """Return a step's operation, batched if there is a policy; a new batcher joins `batchers`."""
+def step_operation(node: PlanNode, step: Step[Any], policy: BatchPolicy | None, batchers: dict[str, Batcher]) -> Operation:
+    """Return a step's operation, batched if there is a policy; a new batcher joins `batchers` under the node's name."""
     operation = step.operation()
     if policy is None:
         return _whole_rows(operation) if step.gives_row_errors else operation
     admit = step.admit if type(step).admit is not Step.admit else None
     batcher = Batcher(operation, policy, node.name, admit)
-    batchers.append(batcher)
+    batchers[node.name] = batcher
     return batcher.operation()
 
 

@@ -129,18 +129,20 @@ class Ensemble(Router[EnsembleOptions]):
         problems = []
         unknown, missing = sorted(set(weights) - set(names)), sorted(set(names) - set(weights))
         if unknown:
-            problems.append(Problem(f"'weights' names {', '.join(unknown)}, but the branches are {', '.join(names)}", node="weights"))
+            problems.append(
+                Problem(f"'weights' names {', '.join(unknown)}, but the branches are {', '.join(names)}", node="weights")
+            )
         if missing:
-            problems.append(Problem(f"'weights' has none for {', '.join(missing)}; 0 leaves a member out of the sum", node="weights"))
+            problems.append(
+                Problem(f"'weights' has none for {', '.join(missing)}; 0 leaves a member out of the sum", node="weights")
+            )
         if any(weight < 0 or not np.isfinite(weight) for weight in weights.values()) or not any(weights.values()):
             problems.append(Problem(f"'weights' must be 0 or more and not all 0, got {dict(weights)}", node="weights"))
         if self.options.combine == "mean":
             problems.append(Problem("'combine: mean' takes no 'weights'; say 'weighted_mean'", node="weights"))
         return problems
 
-    def _common_outputs(
-        self, branches: Mapping[str, Signature], problems: list[Problem]
-    ) -> Mapping[str, TensorSpec] | None:
+    def _common_outputs(self, branches: Mapping[str, Signature], problems: list[Problem]) -> Mapping[str, TensorSpec] | None:
         """Return the outputs that are combined; reports members that do not fit each other."""
         combine = self.options.combine
         known = {name: signature.outputs for name, signature in branches.items() if signature.outputs is not None}

@@ -82,7 +82,9 @@ def read_text(
     reader = _Reader(file, os.environ if environment is None else environment)
     document = reader.read(text)
     if not reader.problems and not isinstance(document, dict):
-        reader.problems.append(Problem(f"expected a mapping with 'graph:', 'inputs:' and 'nodes:', got {_kind(document)}", None, file, 1))
+        reader.problems.append(
+            Problem(f"expected a mapping with 'graph:', 'inputs:' and 'nodes:', got {_kind(document)}", None, file, 1)
+        )
     if reader.problems:
         raise GraphInvalid(reader.problems)
     source = Source(document, base, file, reader.lines)
@@ -162,7 +164,7 @@ class _Reader:
             if node.style is None or (whole is not None and whole["name"]):
                 # Typed by what it became: `max_rows: ${ROWS:-32}` is a number. Quoted too when
                 # nothing else stands there, since inside {...} YAML needs the quotes.
-                node.tag = loader.resolve(yaml.ScalarNode, node.value, (True, False))
+                node.tag = loader.resolve(yaml.ScalarNode, node.value, (True, False))  # type: ignore[no-untyped-call]  # PyYAML's stubs
         return loader.construct_object(node)
 
     def _variable(self, match: re.Match[str], line: int) -> str:

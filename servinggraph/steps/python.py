@@ -145,17 +145,15 @@ class Python(Step[PythonOptions]):
         tensors = [p for p in named if p.name != "context"]
         self._takes_all = any(p.kind is kinds.VAR_KEYWORD for p in parameters)
         self._inputs: dict[str, TensorSpec] | None = None
-        self._takes_nothing = not tensors and not self._takes_all and not any(
-            p.kind is kinds.VAR_POSITIONAL for p in parameters
+        self._takes_nothing = (
+            not tensors and not self._takes_all and not any(p.kind is kinds.VAR_POSITIONAL for p in parameters)
         )
         # A second parameter with a default is a setting of the function's own, not a tensor.
         required = [p for p in tensors if p.default is kinds.empty]
         self._by_name = len(required) > 1 or (self._takes_all and len(tensors) > 0)
         if self._by_name:
             declared = _declared(function, "inputs") or _declared(self._target, "inputs") or {}
-            self._inputs = {
-                p.name: declared.get(p.name, TensorSpec(optional=p.default is not kinds.empty)) for p in tensors
-            }
+            self._inputs = {p.name: declared.get(p.name, TensorSpec(optional=p.default is not kinds.empty)) for p in tensors}
             if any(p.kind is kinds.POSITIONAL_ONLY for p in tensors):
                 raise GraphInvalid([Problem(f"'{label}' has positional-only parameters: tensors go in by name", node="call")])
         else:

@@ -73,12 +73,12 @@ class _Loop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._manual.time()
 
-    def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> asyncio.TimerHandle:
+    def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> asyncio.TimerHandle:  # type: ignore[override]  # any callback
         self._manual.note(when)
         return super().call_at(when, callback, *args, context=context)
 
 
-class _PatientSelector(selectors.DefaultSelector):  # type: ignore[valid-type,misc]  # chosen per platform at run time
+class _PatientSelector(selectors.DefaultSelector):
     """Waits for I/O, worker threads included, however near the next timer seems to be."""
 
     def select(self, timeout: float | None = None) -> Any:

@@ -80,9 +80,7 @@ class MockServer:
             self._stack = stack.pop_all()
         return SyncMock(server, portal)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
 
 
@@ -136,6 +134,7 @@ class AsyncMock:
             headers: request headers.
             outputs: outputs to ask for; all by default.
             timeout_s: deadline, as the header X-Request-Timeout-Ms sets it.
+            tensors: input tensors by name.
 
         Raises:
             ServingGraphError: what a client would get as an error; `__cause__` is the step's own.
@@ -155,9 +154,7 @@ class AsyncMock:
             context.when_idle(self._admission.leave)
         return decode_response(encoded.body, encoded.header_length)
 
-    async def request(
-        self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
-    ) -> HttpReply:
+    async def request(self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> HttpReply:
         """Send an HTTP request as bytes to the application that `serve` runs, without a socket."""
         sent: list[Any] = []
         bodies = [{"type": "http.request", "body": body, "more_body": False}]
@@ -166,6 +163,7 @@ class AsyncMock:
             if bodies:
                 return bodies.pop()
             await asyncio.Event().wait()  # the client stays
+            raise AssertionError
 
         async def send(message: Any) -> None:
             sent.append(message)
@@ -211,9 +209,6 @@ class SyncMock:
         """Send one request; see `AsyncMock.infer`."""
         return self._portal.call(lambda: self._server.infer(inputs, **options))
 
-    def request(
-        self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
-    ) -> HttpReply:
+    def request(self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> HttpReply:
         """Send an HTTP request; see `AsyncMock.request`."""
         return self._portal.call(lambda: self._server.request(method, path, body, headers))
-

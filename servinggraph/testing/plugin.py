@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def mock_server() -> Iterator[Callable[..., SyncMock]]:
-    """Start mock servers that end with the test: `server = mock_server("graph.yaml", replace={...})`."""
+    """Return what starts a mock server that ends with the test: give it a graph or its file."""
     from servinggraph.builder import Graph
 
     with ExitStack() as stack:

@@ -73,7 +73,11 @@ def make_app(catalog: Catalog, server_name: str, server_version: str) -> Starlet
         _route(_MODEL + "/infer", infer, **post),
         _route(_VERSION + "/infer", infer, **post),
     ]
-    handlers: dict[Any, Callable[..., Response]] = {HTTPException: _on_http_error, ServingGraphError: _on_error, Exception: _on_defect}
+    handlers: dict[Any, Callable[..., Response]] = {
+        HTTPException: _on_http_error,
+        ServingGraphError: _on_error,
+        Exception: _on_defect,
+    }
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False  # `/v2/models/x/` is no route, as in Triton
     return app

@@ -62,7 +62,9 @@ def deadline_of(headers: RawHeaders, parameters: Mapping[str, ParameterValue], n
         except ValueError:
             milliseconds = -1.0
         if not 0 < milliseconds < 1e12:
-            raise InvalidRequest(f"header {name.decode()} is a number of milliseconds above 0, got {text[:40].decode('latin-1')}")
+            raise InvalidRequest(
+                f"header {name.decode()} is a number of milliseconds above 0, got {text[:40].decode('latin-1')}"
+            )
         end = now + milliseconds / 1e3
         deadline = end if deadline is None else min(deadline, end)
     return deadline

@@ -22,7 +22,8 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 class Departures:
     """Watches the requests of one front end."""
 
-    def __init__(self) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
         self._in_flight: dict[asyncio.Task[Any], Receive] = {}
         self._seen: set[asyncio.Task[Any]] = set()
         self._watchers: dict[asyncio.Task[Any], asyncio.Task[None]] = {}
@@ -34,7 +35,7 @@ class Departures:
         self._in_flight[task] = receive
         if not self._sweep_is_due:
             self._sweep_is_due = True
-            asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
+            self._loop.call_later(SWEEP_S, self._sweep)
 
     def forget(self, task: asyncio.Task[Any]) -> None:
         """End watching."""
@@ -52,11 +53,11 @@ class Departures:
     def _sweep(self) -> None:
         for task, receive in self._in_flight.items():
             if task in self._seen and task not in self._watchers:
-                self._watchers[task] = asyncio.get_running_loop().create_task(self._watch(task, receive))
+                self._watchers[task] = self._loop.create_task(self._watch(task, receive))
         self._seen = set(self._in_flight)
         self._sweep_is_due = bool(self._in_flight)
         if self._sweep_is_due:
-            asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
+            self._loop.call_later(SWEEP_S, self._sweep)
 
     async def _watch(self, task: asyncio.Task[Any], receive: Receive) -> None:
         message = await receive()

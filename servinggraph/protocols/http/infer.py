@@ -67,7 +67,8 @@ class InferRoute:
         self._limits = limits
         self._others = others
         self._routes: dict[str, ServedGraph] = {}
-        self._departures = Departures()
+        self._loop = asyncio.get_running_loop()
+        self._departures = Departures(self._loop)
         catalog.on_change(self._refresh)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,7 +77,8 @@ class InferRoute:
             await self._others(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        task = asyncio.current_task()
+        # With the loop given: without it Python 3.11 asks the kernel for the process id first.
+        task = asyncio.current_task(self._loop)
         assert task is not None  # an ASGI server calls from a task
         context = Context()
         try:
@@ -88,10 +90,14 @@ class InferRoute:
             body = await self._body(receive, headers)
             self._departures.expect(task, receive)
             encoded = await self.answer(graph, body, headers, scope["headers"], context)
-            response = [_JSON] if encoded.header_length is None else [
-                _BINARY,
-                (b"inference-header-content-length", str(encoded.header_length).encode()),
-            ]
+            response = (
+                [_JSON]
+                if encoded.header_length is None
+                else [
+                    _BINARY,
+                    (b"inference-header-content-length", str(encoded.header_length).encode()),
+                ]
+            )
             content = encoded.body
             if b"accept-encoding" in headers:
                 content = await self._packed(content, headers[b"accept-encoding"], response)
@@ -107,8 +113,9 @@ class InferRoute:
             if self._departures.gone(task):
                 return  # nobody is there to answer
             # The grace time of a stop is over; uvicorn cancels what still runs.
-            error = Unavailable("the server is shutting down") if self._catalog.draining else Cancelled("was cancelled")
-            status, response, content = error_response(error)
+            stopping = self._catalog.draining
+            late = Unavailable("the server is shutting down") if stopping else Cancelled("was cancelled")
+            status, response, content = error_response(late)
         finally:
             self._departures.forget(task)
             context.when_idle(self._admission.leave)
@@ -130,9 +137,7 @@ class InferRoute:
         plan = graph.plan
         if b"content-encoding" in headers:
             body = await self._unpacked(body, headers[b"content-encoding"].decode("latin-1"))
-        request = parse_request(
-            body, header_length_of(headers, len(body)), plan.name, plan.inputs, plan.outputs, self._limits
-        )
+        request = parse_request(body, header_length_of(headers, len(body)), plan.name, plan.inputs, plan.outputs, self._limits)
         context.id = request.id
         context.headers = Headers(raw_headers)
         context.graph = plan.name
@@ -151,7 +156,8 @@ class InferRoute:
         try:
             return encode_response(response, request)
         except StepFailed as error:
-            raise error.at(plan.answer)
+            error.at(plan.answer)
+            raise
 
     async def _body(self, receive: Receive, headers: dict[bytes, bytes]) -> bytes:
         length = headers.get(b"content-length")

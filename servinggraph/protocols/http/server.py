@@ -41,9 +41,7 @@ class HttpFrontEnd:
         port: port to listen on; 0 takes a free one.
     """
 
-    def __init__(
-        self, catalog: Catalog, admission: Admission, options: FrontEndOptions, host: str, port: int
-    ) -> None:
+    def __init__(self, catalog: Catalog, admission: Admission, options: FrontEndOptions, host: str, port: int) -> None:
         self._catalog = catalog
         self._options = options
         self._address = (host, port)
@@ -72,13 +70,14 @@ class HttpFrontEnd:
     async def start(self) -> None:
         """Begin to answer."""
         config = uvicorn.Config(
-            self._asgi,  # type: ignore[arg-type]  # its ASGI types are narrower TypedDicts
+            self._asgi,
             http=bounded_protocol(self._options.max_header_bytes),
             ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             backlog=BACKLOG,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=None,

@@ -6,14 +6,56 @@ enough. Kept to uvicorn's own extension points: a protocol class given by `Confi
 
 from __future__ import annotations
 
-from typing import Final
+import asyncio
+from typing import Any, Final
 
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 __all__ = ["bounded_protocol"]
 
+_JOINED_BYTES: Final = 65536
 _PHRASE: Final = {400: b"Bad Request", 431: b"Request Header Fields Too Large"}
+
+
+class _OneWrite:
+    """A transport that holds the head of a response back until its body comes: one system call, not two.
+
+    uvicorn writes them apart, and each write is sent at once.
+    """
+
+    __slots__ = ("_head", "_transport")
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head: bytes | None = None
+
+    def write(self, data: bytes) -> None:
+        if self._head is not None:
+            head, self._head = self._head, None
+            if len(data) < _JOINED_BYTES:
+                self._transport.write(head + data)
+            else:
+                self._transport.writelines((head, data))
+        elif data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 1"):
+            self._head = data
+        else:
+            self._transport.write(data)
+
+    def flush(self) -> None:
+        if self._head is not None:
+            head, self._head = self._head, None
+            self._transport.write(head)
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
 
 
 def bounded_protocol(max_header_bytes: int) -> type[HttpToolsProtocol]:
@@ -24,6 +66,14 @@ def bounded_protocol(max_header_bytes: int) -> type[HttpToolsProtocol]:
 
         _in_head = True
         _head_bytes = 0
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
+            super().connection_made(transport)
+            self.transport = _OneWrite(transport)  # type: ignore[assignment]  # a transport in all that is used of it
+
+        def on_response_complete(self) -> None:
+            self.transport.flush()  # type: ignore[attr-defined]  # a head without a body: the answer to HEAD
+            super().on_response_complete()
 
         def data_received(self, data: bytes) -> None:
             if self._in_head:

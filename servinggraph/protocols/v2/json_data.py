@@ -44,12 +44,12 @@ def parse_json(text: bytes) -> Any:
     """
     try:
         return orjson.loads(text)
-    except orjson.JSONDecodeError as error:
+    except orjson.JSONDecodeError:
         if _NOT_STRICT_JSON.search(text):
             try:
                 return json.loads(text)
             except (ValueError, RecursionError) as second:
-                error = second  # type: ignore[assignment]  # only its text is used
+                error = second
         raise InvalidRequest(f"failed to parse the request JSON buffer: {error}") from None
 
 
@@ -194,7 +194,7 @@ def _text(name: str, item: Any) -> str:
     except UnicodeDecodeError:
         raise StepFailed(
             f"output '{name}' has an element that is not UTF-8, which JSON cannot carry: "
-            "ask for it as binary data (parameters: {\"binary_data\": true})"
+            'ask for it as binary data (parameters: {"binary_data": true})'
         ) from None
 
 

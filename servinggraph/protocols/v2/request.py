@@ -59,9 +59,7 @@ def parse_request(
         document, binary = parse_json(body), None
     else:
         if not 0 < header_length <= len(body):
-            raise InvalidRequest(
-                f"inference header size should be in range (0, {len(body)}), got: {header_length}"
-            )
+            raise InvalidRequest(f"inference header size should be in range (0, {len(body)}), got: {header_length}")
         document, binary = parse_json(body[:header_length]), memoryview(body)[header_length:]
     if type(document) is not dict:
         raise InvalidRequest("failed to parse the request JSON buffer: expected an object at the top")
@@ -145,7 +143,9 @@ def _input_head(entry: Any) -> tuple[str, str, tuple[int, ...], dict[str, Any] |
     if len(sizes) > 64:
         raise InvalidRequest(f"Unable to parse 'shape' of input '{name}': it has {len(sizes)} axes, at most 64 are possible")
     if element_count(sizes) > _MAX_ELEMENTS:
-        raise InvalidRequest(f"shape {sizes} of input '{name}' causes total element count to exceed maximum size of {_MAX_ELEMENTS}")
+        raise InvalidRequest(
+            f"shape {sizes} of input '{name}' causes total element count to exceed maximum size of {_MAX_ELEMENTS}"
+        )
     parameters = entry.get("parameters")
     if parameters is not None and type(parameters) is not dict:
         raise InvalidRequest(f"Unable to parse 'parameters' of input '{name}': expected an object")
@@ -182,7 +182,9 @@ def _request_parameters(parameters: Any) -> Mapping[str, ParameterValue]:
         raise InvalidRequest("Unable to parse 'parameters': attempt to access JSON non-object as object")
     for key, value in parameters.items():
         if key.startswith("triton_"):
-            raise InvalidRequest(f"parameter keys starting with 'triton_' are reserved for Triton usage and should not be specified, got '{key}'")
+            raise InvalidRequest(
+                f"parameter keys starting with 'triton_' are reserved for Triton usage and should not be specified, got '{key}'"
+            )
         if type(value) not in (str, int, float, bool):
             raise InvalidRequest(f"parameter '{key}' has invalid type. It should be either 'int', 'bool', 'double' or 'string'")
     return parameters
@@ -224,14 +226,18 @@ def _outputs(
 def _raw(body: bytes, model: str, declared: Mapping[str, TensorSpec]) -> InferenceRequest:
     """Decode a body that is nothing but the bytes of the only input; its shape is deduced."""
     if len(declared) != 1:
-        raise InvalidRequest(f"Raw request must only have 1 input (found {len(declared)}) to be deduced but model '{model}' has {len(declared)}")
+        raise InvalidRequest(
+            f"Raw request must only have 1 input (found {len(declared)}) to be deduced but model '{model}' has {len(declared)}"
+        )
     if not body:
         raise InvalidRequest(f"the raw request for model '{model}' has an empty body")
     ((name, spec),) = declared.items()
     sizes = spec.shape or ()
     if spec.datatype == "BYTES":
         if any(size not in (1, -1) for size in sizes) or len(sizes) > 2:
-            raise InvalidRequest(f"For BYTES datatype raw input, the model must have input shape [1], '{name}' has {list(sizes)}")
+            raise InvalidRequest(
+                f"For BYTES datatype raw input, the model must have input shape [1], '{name}' has {list(sizes)}"
+            )
         element = len(body).to_bytes(4, "little") + body
         array = decode_bytes(name, model, "BYTES", (1,) * len(sizes), memoryview(element))
         return InferenceRequest({name: array}, binary=True)
@@ -239,11 +245,15 @@ def _raw(body: bytes, model: str, declared: Mapping[str, TensorSpec]) -> Inferen
     fixed = [1, *sizes[1:]] if sizes and sizes[0] == -1 and len(sizes) > 1 else list(sizes)
     free = [index for index, size in enumerate(fixed) if size == -1]
     if len(free) > 1:
-        raise InvalidRequest(f"The shape of Raw input '{name}' can not be deduced because there are more than one variable-sized dimension")
+        raise InvalidRequest(
+            f"The shape of Raw input '{name}' can not be deduced because there are more than one variable-sized dimension"
+        )
     if free:
         item = DATATYPES[spec.datatype or "UINT8"].itemsize * element_count([size for size in fixed if size != -1])
         if item == 0 or len(body) % item:
-            raise InvalidRequest(f"input byte size mismatch for input '{name}' for model '{model}'. Expected a multiple of {item}, got {len(body)}")
+            raise InvalidRequest(
+                f"input byte size mismatch for input '{name}' for model '{model}'. Expected a multiple of {item}, got {len(body)}"
+            )
         fixed[free[0]] = len(body) // item
     array = decode_bytes(name, model, spec.datatype or "UINT8", fixed, memoryview(body))
     return InferenceRequest({name: array}, binary=True)

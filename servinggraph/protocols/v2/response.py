@@ -35,7 +35,7 @@ def answer_tensors(value: Any, declared: Mapping[str, TensorSpec] | None, node: 
     Raises:
         StepFailed: it gave something else than arrays of V2 datatypes.
     """
-    if not isinstance(value, Mapping):
+    if type(value) is not dict and not isinstance(value, Mapping):
         if isinstance(value, np.ndarray) and declared is not None and len(declared) == 1:
             value = {next(iter(declared)): value}
         else:

@@ -42,7 +42,9 @@ class OnnxOptions(Options):
     """An ONNX model."""
 
     path: str = Field(description="The .onnx file; a relative path starts from the graph file.")
-    device: str = Field("cpu", pattern=DEVICE_PATTERN, description="cpu, cuda, tensorrt, openvino, or auto; `cuda:1` picks one.")
+    device: str = Field(
+        "cpu", pattern=DEVICE_PATTERN, description="cpu, cuda, tensorrt, openvino, or auto; `cuda:1` picks one."
+    )
     run: Literal["auto", "inline", "thread"] = Field(
         "auto", description="Where it runs: on the event loop, in a thread, or as measured at start."
     )
@@ -56,7 +58,8 @@ class OnnxOptions(Options):
     tensorrt: TensorRtOptions = Field(default_factory=TensorRtOptions, description="Switches of TensorRT.")
     warmup: bool = Field(True, description="Run the model once for each batch size before the first request.")
     warmup_shapes: dict[str, list[int]] = Field(
-        default_factory=dict, description="Input name to a whole shape to warm up with, where axes other than the first are free."
+        default_factory=dict,
+        description="Input name to a whole shape to warm up with, where axes other than the first are free.",
     )
 
 
@@ -120,7 +123,7 @@ class Onnx(Step[OnnxOptions]):
 
     def admit(self, value: Any) -> dict[str, Array]:
         """Pick the model's tensors and check them."""
-        if not isinstance(value, Mapping):
+        if type(value) is not dict and not isinstance(value, Mapping):
             value = self._as_only_input(value)
         admitted = {}
         for name, datatype, shape, dtype in self._expected:
@@ -169,7 +172,9 @@ class Onnx(Step[OnnxOptions]):
             for meta in metas:
                 spec = tensor_spec(meta.type, meta.shape)
                 if spec is None:
-                    text = f"model {side} '{meta.name}' has type {meta.type}, which ONNX Runtime's Python API or V2 cannot carry"
+                    text = (
+                        f"model {side} '{meta.name}' has type {meta.type}, which ONNX Runtime's Python API or V2 cannot carry"
+                    )
                     problems.append(Problem(text, node="path"))
                 else:
                     specs[meta.name] = spec
