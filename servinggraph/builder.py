@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import yaml
 
 from servinggraph.compiler import compile_source
+from servinggraph.errors import Problem
 from servinggraph.importing import ImportProblem, import_string
 from servinggraph.interfaces import NodeSketch
 from servinggraph.plan import INPUTS, Plan
@@ -93,6 +94,7 @@ class Graph:
         self._base = Path.cwd()
         self._file: str | None = None
         self._lines: dict[KeyPath, int] = {}
+        self._problems: list[Problem] = []
 
     @property
     def name(self) -> str:
@@ -195,9 +197,10 @@ class Graph:
         self._document = source.document
         self._document["version"] = str(source.document.get("version", "1"))
         self._base, self._file, self._lines = source.base, source.file, source.lines
+        self._problems = source.problems
 
     def _source(self) -> Source:
-        return Source(self._document, self._base, self._file, self._lines)
+        return Source(self._document, self._base, self._file, self._lines, problems=self._problems)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Graph):

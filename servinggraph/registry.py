@@ -11,7 +11,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, Final
 
-from servinggraph.importing import load_object
+from servinggraph.importing import ImportProblem, load_object
 
 __all__ = ["PROTOCOLS", "ROUTERS", "STEPS", "kinds", "load_kind"]
 
@@ -25,6 +25,9 @@ ROUTERS: Final[Mapping[str, str]] = {
 PROTOCOLS: Final[Mapping[str, str]] = {
     "http": "servinggraph.protocols.http.server:HttpFrontEnd",
 }
+
+_EXTRAS: Final = {"onnx": "onnx"}
+"""Kinds whose packages do not come with the base installation, and the extra that brings them."""
 
 _TABLES: Final = {"steps": STEPS, "routers": ROUTERS, "protocols": PROTOCOLS}
 
@@ -48,4 +51,9 @@ def load_kind(group: str, name: str) -> Any:
         ImportProblem: its module cannot be imported; for an extra that is not installed the
             text names what is missing.
     """
-    return load_object(kinds(group)[name])
+    try:
+        return load_object(kinds(group)[name])
+    except ImportProblem as error:
+        if name in _EXTRAS and isinstance(error.__cause__, ModuleNotFoundError):
+            raise ImportProblem(f"{error}: pip install 'servinggraph[{_EXTRAS[name]}]'") from error
+        raise

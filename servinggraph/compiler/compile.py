@@ -24,38 +24,46 @@ def compile_source(source: Source, replace: Replacements | None = None) -> Plan:
     Raises:
         GraphInvalid: with every problem of the definition.
     """
-    problems: list[Problem] = []
-    spec = validated(GraphSpec, source.document, source, (), problems)
+    problems = list(source.problems)
+    # What a definition must have is put in where it is missing: a mistake hides no other.
+    defaults = {"graph": "unnamed", "inputs": {}, "nodes": {}}
+    spec = validated(GraphSpec, source.document, source, (), problems, defaults=defaults)
     if spec is None:
-        # Nodes are looked at on their own, so that a mistake at the top hides none further down.
-        _check_nodes_alone(source, problems)
         raise GraphInvalid(_in_file_order(problems))
-    return compile_graph(spec, source, replace)
+    return compile_graph(spec, source, replace, problems)
 
 
-def compile_graph(spec: GraphSpec, source: Source, replace: Replacements | None = None) -> Plan:
-    """Compile a valid definition.
+def compile_graph(
+    spec: GraphSpec, source: Source, replace: Replacements | None = None, problems: list[Problem] | None = None
+) -> Plan:
+    """Compile a definition.
 
     Args:
         spec: the graph.
         source: where it came from: folder of its relative paths, lines of its keys.
         replace: node or branch name to a callable that stands in for it, for tests.
+        problems: what is known to be wrong already; more joins it.
 
     Raises:
         GraphInvalid: with every problem found.
     """
-    problems: list[Problem] = []
+    problems = [] if problems is None else problems
+    inputs_known = not any("'inputs" in problem.message for problem in problems)
     replace = replace or {}
     reason = name_problem(spec.graph, "graph")
     if reason:
         problems.append(source.problem(reason, ("graph",)))
     if not spec.nodes:
         problems.append(source.problem("'nodes' is empty: a graph has at least one node", ("nodes",)))
+    problems.extend(
+        source.problem(reason, ("nodes", name), name) for name in spec.nodes if (reason := name_problem(name, "node"))
+    )
     sources = sources_of(spec, source, problems)
     order = ordered(sources, spec, source, problems)
     inputs = {name: model.spec() for name, model in spec.inputs.items()}
     compiler = NodeCompiler(source, replace, problems)
-    behind: dict[str, Tensors] = {INPUTS: inputs}
+    # Inputs that are themselves at fault are taken for unknown, so that nothing follows from them.
+    behind: dict[str, Tensors] = {INPUTS: inputs if inputs_known else None}
     nodes: dict[str, PlanNode] = {}
     for name in order or spec.nodes:
         given = _merged(name, sources[name], behind, source, problems)
@@ -133,20 +141,6 @@ def _check_replacements(replace: Replacements, nodes: Mapping[str, PlanNode], sp
     problems.extend(
         Problem(f"there is no node '{name}' to replace{nearest(name, known)}") for name in replace if name not in known
     )
-
-
-def _check_nodes_alone(source: Source, problems: list[Problem]) -> None:
-    """Add the problems of nodes' own options when the file as a whole is not valid."""
-    from servinggraph.spec import NodeSpec  # only on this path
-
-    nodes = source.document.get("nodes")
-    ignored: list[Problem] = []
-    compiler = NodeCompiler(source, {}, problems)
-    for name, values in nodes.items() if isinstance(nodes, dict) else ():
-        if isinstance(values, dict):
-            node = validated(NodeSpec, values, source, ("nodes", name), ignored, node=name)
-            if node is not None:
-                compiler.node(name, node, ("nodes", name), (), None)
 
 
 def _in_file_order(problems: list[Problem]) -> list[Problem]:

@@ -57,9 +57,6 @@ class NodeCompiler:
         found = len(self.problems)
         if name in self.replace:
             spec = _replaced(spec, self.replace[name])
-        reason = name_problem(name.rpartition(".")[2], "branch" if "." in name else "node")
-        if reason:
-            self._report(reason, path, name)
         inside = self._renamed(given, spec, path, name)
         branches: dict[str, PlanNode] = {}
         if (spec.step is None) == (spec.router is None):
@@ -134,6 +131,8 @@ class NodeCompiler:
             self._report("a router needs 'branches'", path, name)
         for short, branch in (spec.branches or {}).items():
             place = (*path, "branches", short)
+            if reason := name_problem(short, "branch"):
+                self._report(reason, place, f"{name}.{short}")
             if branch.after is not None:
                 self._report("a branch has no 'after': its router decides when it runs", (*place, "after"), f"{name}.{short}")
             node = self.node(f"{name}.{short}", branch, place, (), inside)

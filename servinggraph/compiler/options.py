@@ -25,8 +25,12 @@ def validated(
     *,
     node: str | None = None,
     other_keys: Sequence[str] = (),
+    defaults: Mapping[str, Any] | None = None,
 ) -> ModelT | None:
-    """Return the model made of `values`, or None after adding every problem found.
+    """Return the model made of `values`, after adding every problem found.
+
+    With problems the model is made of what is left without the keys at fault, so that the
+    compiler can go on and find others; None where nothing sensible is left.
 
     Args:
         model: the pydantic model.
@@ -34,20 +38,56 @@ def validated(
         source: where they came from, for lines.
         path: key path of `values` in the source.
         problems: problems found are appended here.
-        node: node that they concern.
+        node: node that they concern, unless the path to the key names one.
         other_keys: keys that are valid at the top as well, for the "did you mean".
+        defaults: what to go on with where a key that must be there is missing.
     """
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        for location, entry in _without_other_alternatives(error):
+    defaults = defaults or {}
+    reported: set[KeyPath] = set()
+    for _ in range(_REPAIRS):
+        try:
+            return model.model_validate(values)
+        except ValidationError as error:
+            faults = _without_other_alternatives(error)
+        for location, entry in faults:
             message = _message(entry, location, model, other_keys)
-            problem = source.problem(message, (*path, *location), node)
-            if problem not in problems:
+            problem = source.problem(message, (*path, *location), node or _node_at(location))
+            # A key that was taken out below is missing only because of that.
+            if problem not in problems and location not in reported:
                 problems.append(problem)
-        return None
+            reported.add(location)
+        for location, entry in faults:
+            at = location[:-1] if entry["type"] == "missing" else location
+            if entry["type"] == "missing" and location[0] in defaults:
+                values = {**values, str(location[0]): defaults[str(location[0])]}
+            elif at:
+                values = _without(values, at)
+            else:
+                return None
+    return None
 
 
+def _node_at(location: KeyPath) -> str | None:
+    """Return the full name of the node that a key path from the top of a file leads into."""
+    names = [str(location[i + 1]) for i in range(len(location) - 2) if location[i] in ("nodes", "branches")]
+    return ".".join(names) if location[:1] == ("nodes",) and names else None
+
+
+def _without(values: Any, location: KeyPath) -> Any:
+    """Return a copy without the key at `location`, or without the nearest one around it that there is."""
+    key, *rest = location
+    if isinstance(values, Mapping) and key in values:
+        if rest and isinstance(values[key], Mapping | list):
+            return {**values, key: _without(values[key], tuple(rest))}
+        return {name: value for name, value in values.items() if name != key}
+    if isinstance(values, list) and isinstance(key, int) and key < len(values):
+        if rest and isinstance(values[key], Mapping | list):
+            return [*values[:key], _without(values[key], tuple(rest)), *values[key + 1 :]]
+        return [*values[:key], *values[key + 1 :]]
+    return values
+
+
+_REPAIRS = 5
 _ALTERNATIVE = re.compile(r"BatchPolicy|bool|str|int|float|(list|dict|literal|constrained|nullable|function|tagged)[-\[].*")
 _EXPECTED = {
     "bool_type": "true or false",
@@ -57,6 +97,9 @@ _EXPECTED = {
     "list_type": "a list",
     "int_type": "a whole number",
     "float_type": "a number",
+    "bool_parsing": "true or false",
+    "int_parsing": "a whole number",
+    "float_parsing": "a number",
     "callable_type": "a callable",
 }
 
@@ -82,13 +125,13 @@ def _without_other_alternatives(error: ValidationError) -> list[tuple[KeyPath, A
         else:
             wanted = [_EXPECTED.get(entry["type"]) or str(entry["ctx"]["expected"]) for _, entry in found]
             first = dict(found[0][1])
-            first["msg"] = f"expected {' or '.join(dict.fromkeys(wanted))}"
+            first |= {"type": "union", "msg": f"expected {' or '.join(dict.fromkeys(wanted))}"}
             plain.append((place, first))
     return plain
 
 
 def _message(entry: Any, location: KeyPath, model: type[BaseModel], other_keys: Sequence[str]) -> str:
-    key = ".".join(str(part) for part in location)
+    key = ".".join(str(part) for part in _below_node(location))
     kind = entry["type"]
     if kind == "extra_forbidden":
         parent = _model_at(model, location[:-1])
@@ -101,9 +144,19 @@ def _message(entry: Any, location: KeyPath, model: type[BaseModel], other_keys: 
     if kind == "value_error":
         text = str(entry["ctx"]["error"])
         return f"'{key}': {text}" if key else text
-    text = str(entry["msg"]).replace("Input should be", "expected")
+    text = f"expected {_EXPECTED[kind]}" if kind in _EXPECTED else str(entry["msg"]).replace("Input should be", "expected")
     text = text[0].lower() + text[1:]
+    if kind == "literal_error" and isinstance(entry["input"], str):
+        hint = nearest(entry["input"], re.findall(r"'([^']*)'", str(entry["ctx"]["expected"])))
+        return f"'{key}': {text}, got {entry['input']!r}{hint if 'mean' in hint else ''}"
     return f"'{key}': {text}, got {entry['input']!r}"
+
+
+def _below_node(location: KeyPath) -> KeyPath:
+    """Return the part of a key path below the node that an error text names anyway."""
+    while len(location) > 2 and location[0] in ("nodes", "branches"):
+        location = location[2:]
+    return location
 
 
 def _meaning(model: type[BaseModel], location: KeyPath) -> str:

@@ -39,8 +39,9 @@ def ordered(sources: Mapping[str, tuple[str, ...]], spec: GraphSpec, source: Sou
     if cycle:
         path = " -> ".join([*cycle, cycle[0]])
         problems.append(source.problem(f"the graph has a cycle: {path}", ("nodes", cycle[0], "after"), cycle[0]))
-        return []
-    if spec.answer is None:
+    if spec.answer is None and any("'answer'" in problem.message for problem in problems):
+        pass  # it is there, but it is no name
+    elif spec.answer is None:
         last = next(reversed(spec.nodes), None)
         hint = f": add 'answer: {last}'" if last else ""
         problems.append(source.problem(f"missing key 'answer': which node's result is the answer{hint}", ()))
@@ -49,6 +50,8 @@ def ordered(sources: Mapping[str, tuple[str, ...]], spec: GraphSpec, source: Sou
         problems.append(source.problem(f"'answer' names '{spec.answer}', which is no node{hint}", ("answer",)))
     else:
         _report_unused(sources, spec.answer, source, problems)
+    if cycle:
+        return []
     order: list[str] = []
     done = {INPUTS}
     waiting = list(sources)

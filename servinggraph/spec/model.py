@@ -96,7 +96,7 @@ class GraphSpec(Options):
     """A whole graph."""
 
     graph: str = Field(description="Name of the graph: the V2 model name.")
-    version: str = Field("1", pattern=r"^[1-9][0-9]*$", description="Version, a positive integer.")
+    version: str = Field("1", description="Version, a positive integer.")
     description: str | None = Field(None, description="A sentence for whoever reads the file.")
     inputs: dict[str, TensorModel] = Field(description="Tensors that a request brings.")
     outputs: dict[str, TensorModel] | None = Field(
@@ -113,7 +113,10 @@ class GraphSpec(Options):
     @classmethod
     def _number_as_text(cls, version: object) -> object:
         # `version: 3` is what people write; a bool is an int in Python but no version.
-        return str(version) if isinstance(version, int) and not isinstance(version, bool) else version
+        text = str(version) if isinstance(version, int) and not isinstance(version, bool) else version
+        if not isinstance(text, str) or not re.fullmatch(r"[1-9][0-9]*", text):
+            raise ValueError(f"a version is a positive integer, got {version!r}")
+        return text
 
 
 def name_problem(name: str, what: str) -> str | None:

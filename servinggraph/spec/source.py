@@ -34,6 +34,7 @@ class Source:
         file: path of the file as the user gave it; None for a graph built in Python.
         lines: key path to line, counted from 1.
         overridden: key paths that an override set, with the text of the override.
+        problems: what reading found that does not stand in the way of looking for more.
     """
 
     document: dict[str, Any]
@@ -41,6 +42,7 @@ class Source:
     file: str | None = None
     lines: dict[KeyPath, int] = field(default_factory=dict)
     overridden: dict[KeyPath, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
 
     def problem(self, message: str, path: KeyPath = (), node: str | None = None) -> Problem:
         """Return a problem placed at a key, or at the nearest enclosing key that has a line."""
@@ -87,7 +89,7 @@ def read_text(
         )
     if reader.problems:
         raise GraphInvalid(reader.problems)
-    source = Source(document, base, file, reader.lines)
+    source = Source(document, base, file, reader.lines, problems=reader.duplicates)
     problems = [problem for text in overrides if (problem := _override(source, text)) is not None]
     if problems:
         raise GraphInvalid(problems)
@@ -103,6 +105,7 @@ class _Reader:
         self._inside: set[int] = set()
         self.lines: dict[KeyPath, int] = {}
         self.problems: list[Problem] = []
+        self.duplicates: list[Problem] = []
 
     def read(self, text: str) -> Any:
         loader = yaml.SafeLoader(text)
@@ -151,7 +154,8 @@ class _Reader:
                 continue
             key = key_node.value
             if key in result:
-                self._report(line, f"duplicate key '{key}': first given in line {self.lines[(*path, key)]}")
+                text = f"duplicate key '{key}': first given in line {self.lines[(*path, key)]}"
+                self.duplicates.append(Problem(text, None, self._file, line))
                 continue
             self.lines[(*path, key)] = line
             result[key] = self._value(loader, value_node, (*path, key))

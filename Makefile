@@ -1,0 +1,51 @@
+# Two commands do everything: `make serve` to try it, `make test` to check it.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements/lock.txt
+GRAPH ?= examples/digits/graph.yaml
+
+.PHONY: install serve test lint coverage bench lock clean
+
+install: .venv/.installed          ## .venv with the servinggraph command in it
+
+serve: install                     ## serve the example graph
+	$(BIN)/servinggraph serve $(GRAPH)
+
+test: .venv/.dev                   ## install what the tests need, run everything
+	scripts/system-packages.sh dot=graphviz curl=curl
+	$(BIN)/python -m pytest -q
+
+lint: .venv/.dev                   ## style, types, import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+coverage: .venv/.dev               ## tests with branch coverage
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -q
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
+
+bench: .venv/.dev                  ## ours beside the peers; takes about 15 minutes
+	scripts/system-packages.sh wrk=wrk
+	$(BIN)/python loadtests/bench.py
+
+lock:                              ## resolve requirements/lock.txt anew
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml requirements/dev.in --extra onnx --extra plot --extra test \
+	  --no-header --no-emit-index-url --no-annotate --python-version 3.11 --upgrade -o requirements/lock.txt
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+.venv/bin/python:
+	scripts/venv.sh $(PYTHON)
+
+.venv/.installed: .venv/bin/python pyproject.toml requirements/lock.txt
+	$(PIP) --editable '.[onnx,plot]'
+	touch $@
+
+.venv/.dev: .venv/.installed requirements/dev.in
+	$(PIP) --editable '.[onnx,plot,test]' --requirement requirements/dev.in
+	touch $@
