@@ -171,7 +171,8 @@ CASES = {
         ],
     ),
     "a router": (
-        HEAD + "  a:\n    router: ensemble\n    combine: weighted_mean\n    quorum: 3\n    weights: {m: 1, q: 2}\n    branches:\n"
+        HEAD
+        + "  a:\n    router: ensemble\n    combine: weighted_mean\n    quorum: 3\n    weights: {m: 1, q: 2}\n    branches:\n"
         "      m: {step: onnx, path: free.onnx}\n      n: {step: onnx, path: gone.onnx}\n"
         "  b: {router: ensemble, branches: {}}\n  c: {step: python, router: ensemble, call: x}\n  d: {call: x}\nanswer: a\n",
         [

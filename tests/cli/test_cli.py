@@ -1,0 +1,216 @@
+"""The command line, as a person at a terminal meets it."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from servinggraph.cli import main
+
+COMMAND = [sys.executable, "-m", "servinggraph"]
+
+GRAPH = """\
+graph: echo
+inputs:
+  x: {datatype: FP32, shape: [-1, 2]}
+nodes:
+  same: {step: python, call: cli_test_steps:same}
+answer: same
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "graph.yaml").write_text(GRAPH)
+    (tmp_path / "cli_test_steps.py").write_text("def same(value): return value\n")
+    yield tmp_path
+    sys.modules.pop("cli_test_steps", None)
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+class Served:
+    """A `servinggraph serve` process that has printed its banner."""
+
+    def __init__(self, *arguments):
+        self.process = subprocess.Popen(
+            [*COMMAND, "serve", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.banner = ""
+        for line in self.process.stdout:
+            self.banner += line
+            if "curl" in line:
+                break
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
+
+def test_serve_prints_what_where_and_a_curl_line_that_works(folder):
+    with Served("graph.yaml", "--http-port", "0") as served:
+        assert "echo  version 1  (graph.yaml)" in served.banner
+        assert re.search(r"same +python cli_test_steps:same \(inline\)", served.banner)
+        assert re.search(r"HTTP on http://127.0.0.1:\d+", served.banner)
+        line = next(line for line in served.banner.splitlines() if "curl" in line)
+        answer = json.loads(subprocess.check_output(shlex.split(line), text=True))
+        assert "echo" == answer["model_name"]
+        assert {"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [0.0, 0.0]} == answer["outputs"][0]
+
+
+@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_0(folder, name):
+    with Served("graph.yaml", "--http-port", "0") as served:
+        served.process.send_signal(name)
+        assert 0 == served.process.wait(20)
+
+
+def fails(*arguments):
+    done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=30, check=False)
+    assert 0 != done.returncode
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_a_port_in_use_is_one_sentence(folder):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"cannot listen on 127.0.0.1 port {port} (http): Address already in use" in fails(
+            "serve", "graph.yaml", "--http-port", port, "--log-level", "error"
+        )
+
+
+def test_a_missing_file_is_one_sentence(folder):
+    assert "there is no file or folder 'nope.yaml'\n1 problem: not served\n" == fails("serve", "nope.yaml")
+
+
+def test_a_broken_graph_prints_its_problems(folder):
+    (folder / "graph.yaml").write_text(GRAPH.replace("answer: same", "answer: sane").replace("step: python", "step: pithon"))
+    printed = fails("serve", "graph.yaml")
+    assert "graph.yaml:5: node 'same': unknown step 'pithon'; did you mean 'python'?" in printed
+    assert "graph.yaml:6: 'answer' names 'sane', which is no node; did you mean 'same'?" in printed
+    assert "2 problems: not served" in printed
+
+
+def test_a_step_that_fails_to_load_is_one_sentence(folder):
+    (folder / "cli_test_steps.py").write_text(
+        "class same:\n    def load(self): raise OSError('no weights')\n    def __call__(self, value): return value\n"
+    )
+    assert "node 'same': failed to load: OSError: no weights" in fails("serve", "graph.yaml", "--http-port", "0")
+
+
+def test_an_option_out_of_range_names_the_option(folder):
+    assert "--max-in-flight 0: expected greater than or equal to 1" in fails("serve", "graph.yaml", "--max-in-flight", "0")
+    assert "--http-port tcp" in fails("serve", "graph.yaml", "--http-port", "tcp")
+
+
+def test_a_front_end_that_is_not_installed_is_said(folder):
+    assert "--grpc-port 8081: no grpc front end is installed" in fails("serve", "graph.yaml", "--grpc-port", "8081")
+    assert "every front end is off" in fails("serve", "graph.yaml", "--http-port", "off")
+
+
+def test_logs_can_be_json(folder):
+    done = subprocess.Popen(
+        [*COMMAND, "serve", "graph.yaml", "--http-port", "0", "--log-format", "json"], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        entry = json.loads(done.stderr.readline())
+        assert "info" == entry["level"]
+        assert "serving ['echo']" in entry["message"]
+    finally:
+        done.kill()
+        done.communicate()
+
+
+def test_set_reaches_into_the_file(folder):
+    result = run("check", "graph.yaml", "--set", "nodes.same.timeout_ms=soon")
+    assert 1 == result.exit_code
+    assert "node 'same': 'timeout_ms': expected a number, got 'soon' (set by --set nodes.same.timeout_ms=soon)" in result.output
+
+
+def test_a_folder_of_graphs_is_served_together_and_clashes_are_refused(folder):
+    (folder / "second").mkdir()
+    (folder / "second" / "graph.yaml").write_text(GRAPH.replace("graph: echo", "graph: other"))
+    (folder / "second" / "cli_test_steps_2.py").write_text("def same(value): return value\n")
+    text = (folder / "second" / "graph.yaml").read_text().replace("cli_test_steps", "cli_test_steps_2")
+    (folder / "second" / "graph.yaml").write_text(text)
+    assert "echo version 1: 1 nodes, fine\nother version 1: 1 nodes, fine\n" == run("check", folder).output
+    (folder / "second" / "graph.yaml").write_text(text.replace("graph: other", "graph: echo"))
+    assert "graph 'echo' version 1 is in" in run("check", folder).output
+    (folder / "empty").mkdir()
+    assert "holds no graph: expected *.yaml, */graph.yaml or *.onnx" in run("check", folder / "empty").output
+
+
+def test_a_bare_model_is_served_under_its_file_name(folder):
+    import onnx
+    from onnx import TensorProto, helper
+
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["x", "x"], ["y"])],
+        "g",
+        [info("x", TensorProto.FLOAT, ["N", 2])],
+        [info("y", TensorProto.FLOAT, ["N", 2])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 9
+    onnx.save(model, "double.onnx")
+    assert "double version 1: 1 nodes, fine\n" == run("check", "double.onnx").output
+    with Served("double.onnx", "--http-port", "0", "--set", "nodes.model.batch.max_rows=4") as served:
+        assert re.search(r"model +onnx double.onnx on cpu \((inline|thread)\)", served.banner)
+    assert "there is no file 'gone.onnx'" in run("check", "gone.onnx").output
+
+
+def test_plot_draws_svg_and_mermaid(folder):
+    assert 0 == run("plot", "graph.yaml", "-o", "graph.svg").exit_code
+    assert "<svg" in Path("graph.svg").read_text()
+    assert 0 == run("plot", "graph.yaml", "-o", "graph.mmd").exit_code
+    assert Path("graph.mmd").read_text() == run("plot", "graph.yaml").output
+    assert "inputs --> same" in Path("graph.mmd").read_text()
+    assert "Graphviz cannot write 'graph.xyz'" in run("plot", "graph.yaml", "-o", "graph.xyz").output
+
+
+def test_plot_without_graphviz_says_what_to_install(folder, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert "apt install graphviz" in run("plot", "graph.yaml", "-o", "graph.svg").output
+
+
+def test_schema_and_version_print(folder):
+    assert "https://json-schema.org" in run("schema").output
+    assert "servinggraph " in run("version").output
+    assert "onnxruntime " in run("version").output
+
+
+def test_init_makes_a_project_whose_own_test_passes(folder):
+    assert 0 == run("init", "my-graph").exit_code
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
+        cwd="my-graph", capture_output=True, text=True, env=environment, timeout=60, check=False,
+    )  # fmt: skip
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+    assert "is there and not empty" in run("init", "my-graph").output
+    done = subprocess.run([*COMMAND, "check", "graph.yaml"], cwd="my-graph", capture_output=True, text=True, check=False)
+    assert "my-graph version 1: 2 nodes, fine\n" == done.stdout
+
+
+@pytest.mark.parametrize("command", ["serve", "check", "plot", "schema", "version", "init"])
+def test_every_command_explains_itself(command):
+    assert "Usage:" in run(command, "--help").output
