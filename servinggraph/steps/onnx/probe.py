@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import threading
 from collections.abc import Callable, Mapping
 from functools import cache
-from queue import SimpleQueue
 from statistics import median
 from time import perf_counter
+from typing import Final
 
 import numpy as np
 
+from servinggraph.concurrency import WorkerThreads
+from servinggraph.context import Context
 from servinggraph.tensors import DATATYPES, Array, TensorSpec
 
 __all__ = ["rows_are_independent", "run_seconds", "sample", "thread_hop_seconds"]
 
 logger = logging.getLogger("servinggraph.steps.onnx")
+
+_LEAST_HOP_S: Final = 100e-6
 
 Run = Callable[[dict[str, Array]], Mapping[str, Array]]
 
@@ -89,22 +93,24 @@ def _close(a: Array, b: Array) -> bool:
 
 @cache
 def thread_hop_seconds() -> float:
-    """Return what it costs to hand a call to another thread and get the answer back, measured once."""
-    there: SimpleQueue[bool] = SimpleQueue()
-    back: SimpleQueue[bool] = SimpleQueue()
+    """Return what it costs a request to have its call made in a thread, measured once, in seconds.
 
-    def echo() -> None:
-        while there.get():
-            back.put(True)
+    Through an event loop, as in a request. Measured alone both threads stay awake and nobody
+    else wants the interpreter; in a server the same hop costs 100 us and more (the difference
+    between `floor` and `floor-inline` at one connection, loadtests/), hence the lower bound.
+    """
 
-    thread = threading.Thread(target=echo, daemon=True)
-    thread.start()
-    times = []
-    for _ in range(100):
-        started = perf_counter()
-        there.put(True)
-        back.get()
-        times.append(perf_counter() - started)
-    there.put(False)
-    thread.join()
-    return median(times)
+    async def measure() -> float:
+        threads = WorkerThreads(1, "probe")
+        threads.start()
+        context = Context()
+        times = []
+        for _ in range(100):
+            started = perf_counter()
+            await threads.call(lambda value, context: value, None, context)
+            times.append(perf_counter() - started)
+        threads.stop()
+        return max(median(times), _LEAST_HOP_S)
+
+    with asyncio.Runner() as runner:
+        return runner.run(measure())

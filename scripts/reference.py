@@ -1,0 +1,83 @@
+"""Writes docs/reference.md from the options' own descriptions: `.venv/bin/python scripts/reference.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from servinggraph.interfaces import BatchPolicy
+from servinggraph.registry import kinds, load_kind
+from servinggraph.server import ServerOptions
+from servinggraph.spec import GraphSpec, NodeSpec, Rename, TensorModel
+
+PAGE = Path(__file__).parents[1] / "docs" / "reference.md"
+
+
+def table(model: Any) -> list[str]:
+    """Return a Markdown table of a model's fields."""
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for name, field in model.model_fields.items():
+        if field.is_required():
+            default = "required"
+        elif field.default_factory is not None or field.default is None or field.default == "":
+            default = ""
+        else:
+            default = f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
+        meaning = (field.description or "").replace("|", "\\|")
+        rows.append(f"| `{name}` | {default} | {meaning} |")
+    return [*rows, ""]
+
+
+def page() -> str:
+    """Return the whole page."""
+    lines = [
+        "# Reference",
+        "",
+        "Made by `scripts/reference.py` from the descriptions in the code; a test keeps it fresh. For completion and",
+        "checks in an editor use `servinggraph schema` (see the README).",
+        "",
+        "## Graph file",
+        "",
+        *table(GraphSpec),
+        "A declared tensor, under `inputs` and `outputs`:",
+        "",
+        *table(TensorModel),
+        "`${NAME:-default}` anywhere in the file is the environment variable NAME, `$$` a dollar sign. `--set a.b.c=value`",
+        "on the command line replaces the value at that path.",
+        "",
+        "## Every node",
+        "",
+        *table(NodeSpec),
+        "`rename`:",
+        "",
+        *table(Rename),
+        "A node behind several others gets the union of their tensors; what is no mapping of tensors goes by the name of the",
+        "node that gave it. `after: inputs` and `after: [inputs, other]` pass the request's tensors around nodes.",
+        "",
+        "## `batch`",
+        "",
+        *table(BatchPolicy),
+        "## Steps",
+        "",
+    ]
+    for group, key in (("steps", "step"), ("routers", "router")):
+        if group == "routers":
+            lines += ["## Routers", ""]
+        for kind in sorted(kinds(group)):
+            options = load_kind(group, kind).options_type
+            nested = {name: f.annotation for name, f in options.model_fields.items() if hasattr(f.annotation, "model_fields")}
+            lines += [f"### `{key}: {kind}`", "", *table(options)]
+            for name, model in nested.items():
+                lines += [f"`{name}`:", "", *table(model)]
+    lines += [
+        "## `servinggraph serve`",
+        "",
+        "Each is an option: `max_in_flight` is `--max-in-flight`.",
+        "",
+        *table(ServerOptions),
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
