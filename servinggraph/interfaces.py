@@ -39,8 +39,8 @@ class BatchPolicy(Options):
     max_delay_ms: float = Field(
         0,
         ge=0,
-        description="How long a request that found the node busy may wait for company once the node is free. "
-        "A request that finds the node idle never waits.",
+        description="How long a request that found the node busy may wait for company once the node is free; "
+        "a request that finds the node idle never waits. The event loop's clock ticks in milliseconds.",
     )
     wait_when_idle: bool = Field(
         False, description="Let `max_delay_ms` hold for requests that find the node idle, too (Triton's rule)."

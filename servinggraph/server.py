@@ -60,9 +60,11 @@ def read_graphs(path: Path, overrides: Sequence[str] = (), replace: Any = None) 
 
 
 def _read_folder(path: Path, overrides: Sequence[str]) -> list[Plan]:
-    files = sorted(p for p in path.iterdir() if p.suffix in (*GRAPH_FILES, ".onnx") and p.is_file())
+    files = sorted(p for p in path.iterdir() if p.suffix in GRAPH_FILES and p.is_file())
     files += sorted(p / "graph.yaml" for p in path.iterdir() if (p / "graph.yaml").is_file())
-    if not any(file.suffix in GRAPH_FILES for file in files) and not files:
+    # Models beside graph files are those that the graphs name; alone they are what is to be served.
+    files = files or sorted(p for p in path.iterdir() if p.suffix == ".onnx" and p.is_file())
+    if not files:
         raise GraphInvalid([Problem(f"folder '{path}' holds no graph: expected *.yaml, */graph.yaml or *.onnx")])
     plans: list[Plan] = []
     problems: list[Problem] = []

@@ -58,6 +58,7 @@ def compile_graph(
     problems.extend(
         source.problem(reason, ("nodes", name), name) for name in spec.nodes if (reason := name_problem(name, "node"))
     )
+    problems.extend(_unbatchable(spec, source))
     sources = sources_of(spec, source, problems)
     order = ordered(sources, spec, source, problems)
     inputs = {name: model.spec() for name, model in spec.inputs.items()}
@@ -86,6 +87,15 @@ def compile_graph(
         batch=spec.batch,
         source=source.file,
     )
+
+
+def _unbatchable(spec: GraphSpec, source: Source) -> list[Problem]:
+    """Return what stands in the way of batching whole requests, where the graph asks for it."""
+    return [
+        source.problem(f"'batch' joins requests by their first axis, and that of input '{name}' is not free", ("batch",))
+        for name, model in spec.inputs.items()
+        if spec.batch is not None and (not model.shape or model.shape[0] != -1)
+    ]
 
 
 def _merged(

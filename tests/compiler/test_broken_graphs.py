@@ -104,12 +104,16 @@ CASES = {
         ["g.yaml:6: 'answer' names 'scores', which is no node; did you mean 'score'?"],
     ),
     "names": (
-        "graph: my graph\ninputs: {x: {datatype: FP32, shape: [-1, 4]}}\nnodes:\n"
-        "  a/b: {step: python, call: broken_graph_steps:clean}\n  inputs: {step: python, call: broken_graph_steps:clean}\n"
-        "  a/b: {step: python, call: broken_graph_steps:clean}\nanswer: inputs\n",
+        (
+            "graph: my graph\ninputs: {x: {datatype: FP32, shape: [-1, 4]}}\nnodes:\n"
+            "  a/b: {step: python, call: broken_graph_steps:clean}\n  inputs: {step: python, call: broken_graph_steps:clean}\n"
+            "  a/b: {step: python, call: broken_graph_steps:clean}\nanswer: inputs\n"
+        ),
         [
-            "g.yaml:1: graph name 'my graph' is not URL-safe: use letters, digits, '_', '-' and '.', "
-            "beginning with a letter, digit or '_'",
+            (
+                "g.yaml:1: graph name 'my graph' is not URL-safe: use letters, digits, '_', '-' and '.', "
+                "beginning with a letter, digit or '_'"
+            ),
             "g.yaml:4: node 'a/b': node name 'a/b' is not URL-safe",
             "g.yaml:5: node 'inputs': a node cannot be called 'inputs': that name stands for the graph's inputs",
             "g.yaml:6: duplicate key 'a/b': first given in line 4",
@@ -123,11 +127,13 @@ CASES = {
         ],
     ),
     "tensors that do not meet": (
-        "graph: g\ninputs:\n  x: {datatype: FP64, shape: [-1, 4]}\n  z: {datatype: FP32, shape: [-1, 5]}\nnodes:\n"
-        "  a: {step: onnx, path: free.onnx}\n"
-        "  b: {step: onnx, path: free.onnx, after: inputs, rename: {inputs: {z: x, q: r}}, keep: [k]}\n"
-        "  c: {step: onnx, path: free.onnx, after: a}\n"
-        "  d: {step: python, call: broken_graph_steps:clean, after: [a, c]}\nanswer: d\n",
+        (
+            "graph: g\ninputs:\n  x: {datatype: FP64, shape: [-1, 4]}\n  z: {datatype: FP32, shape: [-1, 5]}\nnodes:\n"
+            "  a: {step: onnx, path: free.onnx}\n"
+            "  b: {step: onnx, path: free.onnx, after: inputs, rename: {inputs: {z: x, q: r}}, keep: [k]}\n"
+            "  c: {step: onnx, path: free.onnx, after: a}\n"
+            "  d: {step: python, call: broken_graph_steps:clean, after: [a, c]}\nanswer: d\n"
+        ),
         [
             "g.yaml:6: node 'a': input 'x' does not fit: its datatype is FP64, expected FP32",
             "g.yaml:7: node 'b': nobody uses its result",
@@ -140,8 +146,10 @@ CASES = {
     "an input that nobody provides": (
         HEAD.replace("x:", "features:") + "  a: {step: onnx, path: free.onnx}\nanswer: a\n",
         [
-            "g.yaml:5: node 'a': input 'x' is provided by nobody: what reaches the node is features; "
-            "'rename: {inputs: {features: x}}' would pass 'features'",
+            (
+                "g.yaml:5: node 'a': input 'x' is provided by nobody: what reaches the node is features; "
+                "'rename: {inputs: {features: x}}' would pass 'features'"
+            ),
         ],
     ),
     "two nodes give one name": (
@@ -156,9 +164,16 @@ CASES = {
         "  c: {step: python, call: broken_graph_steps:add, after: [a, b]}\nanswer: c\n",
         [
             "g.yaml:5: node 'a': 'batch': preferred_rows [16] go beyond max_rows 8",
-            "g.yaml:6: node 'b': cannot batch: the first axis of input 'x' is fixed, its shape is [1, 4]; "
-            "remove 'batch', or export the model with a free first axis",
+            (
+                "g.yaml:6: node 'b': cannot batch: the first axis of input 'x' is fixed, its shape is [1, 4]; "
+                "remove 'batch', or export the model with a free first axis"
+            ),
         ],
+    ),
+    "batching whole requests without a free axis": (
+        "graph: g\nbatch: {max_rows: 4}\ninputs: {x: {datatype: FP32, shape: [4]}}\nnodes:\n"
+        "  a: {step: python, call: broken_graph_steps:clean}\nanswer: a\n",
+        ["g.yaml:2: 'batch' joins requests by their first axis, and that of input 'x' is not free"],
     ),
     "a device that is not there": (
         HEAD + "  a: {step: onnx, path: free.onnx, device: 'cuda:7'}\n"
@@ -193,8 +208,10 @@ CASES = {
         ],
     ),
     "wrong types": (
-        "graph: g\nversion: 1.5\ntimeout_ms: soon\ninputs:\n  x: {datatype: FP31, shape: [-2]}\nnodes:\n"
-        "  a: {step: python, call: broken_graph_steps:clean, batch: 5, after: 3}\nanswer: [a]\n",
+        (
+            "graph: g\nversion: 1.5\ntimeout_ms: soon\ninputs:\n  x: {datatype: FP31, shape: [-2]}\nnodes:\n"
+            "  a: {step: python, call: broken_graph_steps:clean, batch: 5, after: 3}\nanswer: [a]\n"
+        ),
         [
             "g.yaml:2: 'version': a version is a positive integer, got 1.5",
             "g.yaml:3: 'timeout_ms': expected a number, got 'soon'",
