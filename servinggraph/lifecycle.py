@@ -112,6 +112,7 @@ class Catalog:
         started = [graph for graph in self.graphs() if graph.ready]
         for graph in started:
             graph.ready = False
+        self._changed()
         results = await asyncio.gather(*(graph.executor.stop() for graph in started), return_exceptions=True)
         for graph, result in zip(started, results, strict=True):
             if isinstance(result, BaseException):

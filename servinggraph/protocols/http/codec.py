@@ -8,12 +8,14 @@ from typing import Final
 
 from servinggraph.context import ParameterValue
 from servinggraph.errors import InvalidRequest
+from servinggraph.protocols.v2.json_data import shown
 
 __all__ = ["deadline_of", "header_length_of", "priority_of"]
 
 _HEADER_LENGTH: Final = b"inference-header-content-length"
 _TIMEOUT_HEADERS: Final = (b"x-request-timeout-ms", b"x-envoy-expected-rq-timeout-ms")
 _DIGITS: Final = re.compile(rb"[+-]?[0-9]+")
+_NUMBER: Final = re.compile(rb"[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]{1,3})?")
 
 RawHeaders = Mapping[bytes, bytes]
 
@@ -51,16 +53,13 @@ def deadline_of(headers: RawHeaders, parameters: Mapping[str, ParameterValue], n
     timeout = parameters.get("timeout") if parameters else None
     if timeout is not None and timeout != 0:  # Triton: 0 is no limit
         if type(timeout) is not int or timeout < 0:
-            raise InvalidRequest(f"parameter 'timeout' is a whole number of microseconds, got {timeout!r}")
+            raise InvalidRequest(f"parameter 'timeout' is a whole number of microseconds, got {shown(timeout)}")
         deadline = now + timeout / 1e6
     for name in _TIMEOUT_HEADERS:
         text = headers.get(name)
         if text is None:
             continue
-        try:
-            milliseconds = float(text)
-        except ValueError:
-            milliseconds = -1.0
+        milliseconds = float(text) if _NUMBER.fullmatch(text) else -1.0
         if not 0 < milliseconds < 1e12:
             raise InvalidRequest(
                 f"header {name.decode()} is a number of milliseconds above 0, got {text[:40].decode('latin-1')}"
@@ -78,5 +77,5 @@ def priority_of(parameters: Mapping[str, ParameterValue]) -> int:
     """
     priority = parameters.get("priority", 0)
     if type(priority) is not int or priority < 0:
-        raise InvalidRequest(f"parameter 'priority' is a whole number from 0 on, got {priority!r}")
+        raise InvalidRequest(f"parameter 'priority' is a whole number from 0 on, got {shown(priority)}")
     return priority

@@ -109,13 +109,17 @@ class InferRoute:
             status, response, content = error_response(error)
             if error.__class__ is RequestTooLarge:
                 response.append((b"connection", b"close"))  # what is left of the body is not worth reading
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:
             if self._departures.gone(task):
                 return  # nobody is there to answer
-            # The grace time of a stop is over; uvicorn cancels what still runs.
-            stopping = self._catalog.draining
-            late = Unavailable("the server is shutting down") if stopping else Cancelled("was cancelled")
-            status, response, content = error_response(late)
+            failure = self._cancelled(task, error)
+            _log(failure, graph, context)
+            status, response, content = error_response(failure)
+        except Exception as error:  # a defect of ours: the caller is answered all the same
+            failure = StepFailed(f"{type(error).__name__}: {error}")
+            failure.__cause__ = error
+            _log(failure, graph, context)
+            status, response, content = error_response(failure)
         finally:
             self._departures.forget(task)
             context.when_idle(self._admission.leave)
@@ -135,6 +139,8 @@ class InferRoute:
             ServingGraphError: whatever is wrong with the request, or went wrong with it.
         """
         plan = graph.plan
+        if len(body) > self._max_body_bytes:
+            raise self._too_large()
         if b"content-encoding" in headers:
             body = await self._unpacked(body, headers[b"content-encoding"].decode("latin-1"))
         request = parse_request(body, header_length_of(headers, len(body)), plan.name, plan.inputs, plan.outputs, self._limits)
@@ -148,16 +154,25 @@ class InferRoute:
         try:
             value = await graph.executor.run(request.inputs, context)
             outputs = answer_tensors(value, plan.outputs, plan.answer)
-        except ServingGraphError:
-            raise
-        except Exception as error:  # a defect of ours: the caller is answered all the same
-            raise StepFailed(f"{type(error).__name__}: {error}") from error
-        response = InferenceResponse(plan.name, plan.version, outputs, request.id, context.response_parameters)
-        try:
+            response = InferenceResponse(plan.name, plan.version, outputs, request.id, context.response_parameters)
             return encode_response(response, request)
         except StepFailed as error:
             error.at(plan.answer)
             raise
+        except ServingGraphError:
+            raise
+        except Exception as error:  # an answer that cannot be encoded, or a defect of ours
+            raise StepFailed(f"{type(error).__name__}: {error}").at(plan.answer) from error
+
+    def _cancelled(self, task: asyncio.Task[Any], error: asyncio.CancelledError) -> ServingGraphError:
+        """Return what a request that was cancelled, but whose client is still there, is told."""
+        if not task.cancelling():
+            failure = StepFailed("was cancelled from inside")  # a step raised it: nobody cancelled this task
+            failure.__cause__ = error
+            return failure
+        if self._catalog.draining:  # the grace time of a stop is over; uvicorn cancels what still runs
+            return Unavailable("the server is shutting down")
+        return Cancelled("was cancelled")
 
     async def _body(self, receive: Receive, headers: dict[bytes, bytes]) -> bytes:
         length = headers.get(b"content-length")
@@ -168,8 +183,6 @@ class InferRoute:
             raise _ClientGone
         body: bytes = message["body"]
         if not message["more_body"]:
-            if len(body) > self._max_body_bytes:
-                raise self._too_large()
             return body
         parts = [body]
         size = len(body)

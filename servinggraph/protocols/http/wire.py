@@ -1,7 +1,9 @@
-"""uvicorn's HTTP parser with bounds on the head of a request, and errors in JSON.
+"""uvicorn's HTTP parser with bounds on what a client may send, and errors in JSON.
 
-llhttp collects a header for as long as a client sends one; a server has to say when it is
-enough. Kept to uvicorn's own extension points: a protocol class given by `Config(http=...)`.
+llhttp collects a head, a trailer or a chunk extension for as long as a client sends one, and
+uvicorn queues pipelined requests without end and waits forever for the rest of a request; a
+server has to say when it is enough. Kept to uvicorn's own extension point: a protocol class
+given by `Config(http=...)`. Source of the order of answers: RFC 9112 §9.3.2, §9.6.
 """
 
 from __future__ import annotations
@@ -9,13 +11,24 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final
 
+import httptools
 import orjson
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 __all__ = ["bounded_protocol"]
 
+MAX_PIPELINED: Final = 16
+"""Requests that may wait behind one that runs; with more, the connection is not read any further."""
+
+STALL_S: Final = 60.0
+"""A head has to be complete after this time, and of a body some bytes have to come within it (as in nginx)."""
+
+LINGER_S: Final = 2.0
+"""How long the rest of a refused request is thrown away: closed at once, the refusal itself could be lost."""
+
 _JOINED_BYTES: Final = 65536
-_PHRASE: Final = {400: b"Bad Request", 431: b"Request Header Fields Too Large"}
+_PHRASE: Final = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
 
 
 class _OneWrite:
@@ -24,11 +37,13 @@ class _OneWrite:
     uvicorn writes them apart, and each write is sent at once.
     """
 
-    __slots__ = ("_head", "_transport")
+    __slots__ = ("_closing", "_head", "_owner", "_transport")
 
-    def __init__(self, transport: asyncio.Transport) -> None:
+    def __init__(self, transport: asyncio.Transport, owner: Any) -> None:
         self._transport = transport
+        self._owner = owner
         self._head: bytes | None = None
+        self._closing = False
 
     def write(self, data: bytes) -> None:
         if self._head is not None:
@@ -48,71 +63,222 @@ class _OneWrite:
             self._transport.write(head)
 
     def close(self) -> None:
+        if self._closing or self._transport.is_closing() or not self._owner.lingers():
+            self.flush()
+            self._transport.close()
+            return
+        self._closing = True
         self.flush()
-        self._transport.close()
+        self._transport.write_eof()
 
     def is_closing(self) -> bool:
-        return self._transport.is_closing()
+        return self._closing or self._transport.is_closing()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
 
-def bounded_protocol(max_header_bytes: int) -> type[HttpToolsProtocol]:
-    """Return a protocol class that refuses a request line and headers of more than `max_header_bytes`."""
+class _Flow(FlowControl):
+    """Flow control that does not read on while enough requests wait already."""
 
-    class BoundedHttpToolsProtocol(HttpToolsProtocol):
-        """Counts the bytes that arrive before the headers are complete."""
+    def __init__(self, transport: asyncio.Transport, pipeline: Any) -> None:
+        super().__init__(transport)
+        self._pipeline = pipeline
 
-        _in_head = True
-        _head_bytes = 0
+    def resume_reading(self) -> None:
+        if self.read_paused and len(self._pipeline) < MAX_PIPELINED:
+            super().resume_reading()
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
-            super().connection_made(transport)
-            self.transport = _OneWrite(transport)  # type: ignore[assignment]  # a transport in all that is used of it
 
-        def on_response_complete(self) -> None:
-            self.transport.flush()  # type: ignore[attr-defined]  # a head without a body: the answer to HEAD
-            super().on_response_complete()
+class _Bounded(HttpToolsProtocol):
+    """One connection. `max_header_bytes` and `stall_s` are set by `bounded_protocol`."""
 
-        def data_received(self, data: bytes) -> None:
-            if self._in_head:
-                self._head_bytes += len(data)
-            super().data_received(data)
-            if self._in_head and self._head_bytes > max_header_bytes and not self.transport.is_closing():
-                self._refuse(431, f"request line and headers exceed {max_header_bytes} bytes (limit 'max_header_bytes')")
+    max_header_bytes = 0
+    stall_s = STALL_S
 
-        def on_message_begin(self) -> None:
-            self._in_head = True
-            super().on_message_begin()
+    _open = True  # a request has begun, or the first is awaited, and is not complete
+    _in_head = True
+    _head_bytes = 0
+    _quiet_bytes = 0  # received since the last byte of a body: chunk extensions, trailers
+    _deaf = False  # what still arrives is thrown away
+    _running: RequestResponseCycle | None = None
+    _last_words: bytes | None = None  # a refusal that waits for the answers before it
+    _stall: asyncio.TimerHandle | None = None
+    _began_at = 0.0
+    _moved_at = 0.0
 
-        def on_headers_complete(self) -> None:
-            self._in_head = False
-            arrived, self._head_bytes = self._head_bytes, 0
-            # What arrived may hold a part of the body; only then is the head itself measured.
-            if arrived > max_header_bytes and self._head_size() > max_header_bytes:
-                raise ValueError("head too large")  # llhttp stops, and send_400_response is called
-            super().on_headers_complete()
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
+        super().connection_made(transport)
+        self.transport = _OneWrite(transport, self)  # type: ignore[assignment]  # a transport in all that is used of it
+        self.flow = _Flow(transport, self.pipeline)
+        self._watch_progress()
 
-        def on_message_complete(self) -> None:
-            self._in_head = True
-            super().on_message_complete()
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget_progress()
+        self.pipeline.clear()
+        running = self._running
+        if running is not None and not running.response_complete:  # uvicorn tells only the newest request
+            running.disconnected = True
+            running.message_event.set()
+        super().connection_lost(exc)
 
-        def send_400_response(self, msg: str) -> None:
-            if not self._in_head and self._head_size() > max_header_bytes:
-                text = f"request line and headers exceed {max_header_bytes} bytes (limit 'max_header_bytes')"
-                self._refuse(431, text)
-            else:
-                self._refuse(400, msg)
+    def data_received(self, data: bytes) -> None:
+        if self._deaf:
+            return
+        if self._in_head:
+            self._head_bytes += len(data)
+        else:
+            self._quiet_bytes += len(data)
+        self._unset_keepalive_if_required()
+        while True:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                # Not taken up: the connection goes on with HTTP/1.1 (RFC 9110 §7.8).
+                data = data[upgrade.args[0] :]
+                if data and not self._deaf:
+                    continue
+            except httptools.HttpParserError:
+                self.send_400_response("Invalid HTTP request received.")
+                return
+            break
+        if self._open:
+            self._incomplete()
 
-        def _head_size(self) -> int:
-            return sum(len(name) + len(value) for name, value in self.headers or ()) + len(self.url)
+    def on_message_begin(self) -> None:
+        self._open = self._in_head = True
+        super().on_message_begin()
 
-        def _refuse(self, status: int, text: str) -> None:
-            body = orjson.dumps({"error": text})
-            head = b"HTTP/1.1 %d %s\r\n" % (status, _PHRASE[status])
-            fields = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-            self.transport.write(head + fields + body)
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        arrived, self._head_bytes = self._head_bytes, 0
+        self._quiet_bytes = 0
+        # What arrived may hold a part of the body; only then is the head itself measured.
+        if arrived > self.max_header_bytes and self._head_size() > self.max_header_bytes:
+            raise ValueError("head too large")  # llhttp stops, and send_400_response is called
+        super().on_headers_complete()
+        self.headers = []  # trailers end here, and not among the headers (RFC 9110 §6.5.1)
+        if not self.pipeline:
+            self._running = self.cycle
+
+    def on_body(self, body: bytes) -> None:
+        self._quiet_bytes = 0
+        cycle = self.cycle
+        if cycle.response_complete:
+            return
+        cycle.body += body
+        if len(cycle.body) > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+        cycle.message_event.set()
+
+    def on_message_complete(self) -> None:
+        self._open = False
+        self._in_head = True
+        if self._stall is not None:
+            self._forget_progress()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        self.transport.flush()  # type: ignore[attr-defined]  # a head without a body: the answer to HEAD
+        if self.pipeline:
+            self._running = self.pipeline[-1][0]
+        elif self._last_words is not None and not self.transport.is_closing():
+            self.transport.write(self._last_words)
             self.transport.close()
+        super().on_response_complete()
 
-    return BoundedHttpToolsProtocol
+    def send_400_response(self, msg: str) -> None:
+        if not self._in_head and self._head_size() > self.max_header_bytes:
+            self._refuse_head()
+        else:
+            self._refuse(400, msg)
+
+    def lingers(self) -> bool:
+        """Tell whether more of a request may be on its way, and if so begin to throw it away."""
+        more = self._deaf or (self._open and (self._head_bytes > 0 or not self._in_head))
+        if not more or not self.transport.can_write_eof():
+            return False
+        self._deaf = True
+        self._forget_progress()
+        FlowControl.resume_reading(self.flow)
+        self._stall = self.loop.call_later(LINGER_S, self.transport.close)
+        return True
+
+    def _incomplete(self) -> None:
+        """Hold what has arrived of a request against the limits."""
+        if self._in_head:
+            if self._head_bytes > self.max_header_bytes:
+                self._refuse_head()
+                return
+        elif self._quiet_bytes > self.max_header_bytes:
+            self._refuse(431, f"chunk extensions or trailers exceed {self.max_header_bytes} bytes (limit 'max_header_bytes')")
+            return
+        if self._stall is None:
+            self._watch_progress()
+        else:
+            self._moved_at = self.loop.time()
+
+    def _watch_progress(self) -> None:
+        self._began_at = self._moved_at = self.loop.time()
+        self._stall = self.loop.call_later(self.stall_s, self._look_at_progress)
+
+    def _forget_progress(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
+
+    def _look_at_progress(self) -> None:
+        self._stall = None
+        if not self._open or self.transport.is_closing():
+            return
+        now = self.loop.time()
+        since = now if self.flow.read_paused else self._began_at if self._in_head else self._moved_at
+        left = since + self.stall_s - now
+        if left > 0.001:
+            self._stall = self.loop.call_later(left, self._look_at_progress)
+        elif self._in_head and not self._head_bytes and self.cycle is None:
+            self.transport.close()  # never said a word
+        else:
+            what = "request line and headers were" if self._in_head else "rest of the body was"
+            self._refuse(408, f"the {what} not received within {self.stall_s:g} s")
+
+    def _head_size(self) -> int:
+        return sum(len(name) + len(value) for name, value in self.headers or ()) + len(self.url)
+
+    def _refuse_head(self) -> None:
+        limit = self.max_header_bytes
+        self._refuse(431, f"request line and headers exceed {limit} bytes (limit 'max_header_bytes')")
+
+    def _refuse(self, status: int, text: str) -> None:
+        """Answer a request that cannot be read, after those before it, and close the connection."""
+        body = orjson.dumps({"error": text})
+        head = b"HTTP/1.1 %d %s\r\n" % (status, _PHRASE[status])
+        fields = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+        words = head + fields + body
+        self._deaf = True
+        self._forget_progress()
+        cycle, running = self.cycle, self._running
+        broken = cycle if self._open and not self._in_head else None  # its head was fine, so it has a cycle
+        if broken is not None and self.pipeline and self.pipeline[0][0] is broken:
+            self.pipeline.popleft()
+        if running is not None and running is not broken and not running.response_complete:
+            self._last_words = words
+            return
+        if broken is not None:
+            if broken.response_started:
+                words = b""  # it has its answer
+            broken.disconnected = True
+            broken.message_event.set()
+        if words:
+            self.transport.write(words)
+        self.transport.close()
+
+
+def bounded_protocol(max_header_bytes: int, stall_s: float = STALL_S) -> type[HttpToolsProtocol]:
+    """Return a protocol class that refuses a request line and headers of more than `max_header_bytes`.
+
+    Args:
+        max_header_bytes: limit of a head, and of trailers.
+        stall_s: time for a head to be complete, and between two parts of a body.
+    """
+    return type("BoundedHttpToolsProtocol", (_Bounded,), {"max_header_bytes": max_header_bytes, "stall_s": stall_s})

@@ -18,6 +18,7 @@ from servinggraph.tensors import DATATYPES, Array, element_count
 __all__ = ["decode_bytes", "encode_bytes"]
 
 _LENGTH: Final = Struct("<I")
+_LONGEST: Final = 2**32 - 1
 
 
 def decode_bytes(name: str, model: str, datatype: str, shape: Sequence[int], data: memoryview) -> Array:
@@ -49,7 +50,7 @@ def decode_bytes(name: str, model: str, datatype: str, shape: Sequence[int], dat
         if datatype == "BOOL" and count and np.frombuffer(data, np.uint8).max() > 1:
             raise InvalidRequest(f"input '{name}' is BOOL, and a byte of it is neither 0 nor 1")
         return np.frombuffer(data, dtype).reshape(shape)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise InvalidRequest(f"input '{name}' has an impossible shape {list(shape)[:8]}: {error}") from None
 
 
@@ -64,9 +65,15 @@ def encode_bytes(name: str, datatype: str, array: Array) -> memoryview | bytes:
     parts: list[bytes] = []
     for item in array.ravel().tolist():
         if isinstance(item, str):
-            item = item.encode()
+            try:
+                item = item.encode()
+            except UnicodeEncodeError:
+                text = f"output '{name}' has a text with half of a surrogate pair, which UTF-8 cannot carry"
+                raise StepFailed(text) from None
         if not isinstance(item, bytes):
             raise StepFailed(f"output '{name}' is BYTES, but an element is a {type(item).__name__}; expected bytes or str")
+        if len(item) > _LONGEST:
+            raise StepFailed(f"output '{name}' has an element of {len(item)} bytes; BYTES elements have at most {_LONGEST}")
         parts.append(_LENGTH.pack(len(item)))
         parts.append(item)
     return b"".join(parts)
@@ -79,7 +86,8 @@ def _split(name: str, model: str, count: int, data: memoryview) -> Array:
     while at < end:
         if len(elements) == count:
             raise InvalidRequest(
-                f"unexpected number of string elements {count + 1} for inference input '{name}' for model '{model}', expecting {count}"
+                f"unexpected number of string elements {count + 1} for inference input '{name}' "
+                f"for model '{model}', expecting {count}"
             )
         if end - at < 4:
             raise InvalidRequest(f"incomplete string length indicator for inference input '{name}' for model '{model}'")

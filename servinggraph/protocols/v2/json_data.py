@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
+from math import isinf
 from struct import Struct, error as StructError  # noqa: N812  (a class with a lower-case name)
 from typing import Any, Final
 
@@ -22,7 +23,7 @@ import orjson
 from servinggraph.errors import InvalidRequest, StepFailed
 from servinggraph.tensors import DATATYPES, Array, element_count
 
-__all__ = ["MAX_NESTING", "decode_data", "encode_data", "parse_json"]
+__all__ = ["MAX_NESTING", "decode_data", "encodable", "encode_data", "parse_json", "shown"]
 
 MAX_NESTING: Final = 100
 """Deepest nesting of `data`, as in Triton."""
@@ -47,10 +48,38 @@ def parse_json(text: bytes) -> Any:
     except orjson.JSONDecodeError:
         if _NOT_STRICT_JSON.search(text):
             try:
-                return json.loads(text)
+                return _parse_tokens(text)
             except (ValueError, RecursionError) as second:
                 error = second
         raise InvalidRequest(f"failed to parse the request JSON buffer: {error}") from None
+
+
+def shown(value: Any) -> str:
+    """Return a value from a request for an error text: short, and however deep it is nested."""
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "an array"
+    text = repr(value[:40] if isinstance(value, str) else value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _parse_tokens(text: bytes) -> Any:
+    """Parse JSON with the standard library, as strict as orjson but for the three tokens."""
+    document = json.loads(text.decode(), parse_float=_finite, parse_int=_integer)
+    if b"\\u" in text:
+        json.dumps(document, ensure_ascii=False).encode()  # raises for half of a surrogate pair
+    return document
+
+
+def _integer(text: str) -> int | float:
+    number = int(text)
+    return number if -(2**63) <= number < 2**64 else _finite(text)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if isinf(number):
+        raise ValueError(f"number {text[:40]} is infinity when parsed as double")
+    return number
 
 
 def decode_data(name: str, datatype: str, shape: Sequence[int], data: Any) -> Array:
@@ -85,7 +114,7 @@ def decode_data(name: str, datatype: str, shape: Sequence[int], data: Any) -> Ar
             if _may_hold_booleans(array, count) and bool in set(map(type, flat)):
                 raise _bad_element(name, datatype, flat)
             if datatype == "BF16":
-                array = array.astype(ml_dtypes.bfloat16)
+                array = _bfloat16(name, flat, array)
         elif datatype == "BOOL":
             if count and set(map(type, flat)) != {bool}:
                 raise _bad_element(name, datatype, flat)
@@ -97,7 +126,7 @@ def decode_data(name: str, datatype: str, shape: Sequence[int], data: Any) -> Ar
         raise _bad_element(name, datatype, flat) from None
     try:
         return array.reshape(shape)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise InvalidRequest(f"input '{name}' has an impossible shape {list(shape)[:8]}: {error}") from None
 
 
@@ -112,6 +141,19 @@ def encode_data(name: str, datatype: str, array: Array) -> Any:
     if datatype == "BF16":
         return array.ravel().astype(np.float32)
     return array.ravel()
+
+
+def _bfloat16(name: str, flat: list[Any], array: Array) -> Array:
+    """Round to bfloat16; what that turns into infinity is out of range, as it is for the other datatypes."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = array.astype(ml_dtypes.bfloat16)
+    over = np.isinf(rounded) & np.isfinite(array)
+    if over.any():
+        index = int(over.argmax())
+        raise InvalidRequest(
+            f"Unable to parse 'data': input '{name}' element {index} is {shown(flat[index])}, out of range for BF16"
+        )
+    return rounded
 
 
 @lru_cache(maxsize=1024)
@@ -134,7 +176,8 @@ def _flat(name: str, data: list[Any]) -> list[Any]:
         if len(kinds) > 1:
             index = next(i for i, item in enumerate(data) if type(item) is not list)
             raise InvalidRequest(
-                f"Unable to parse 'data': input '{name}' is ragged: element {index} at depth {depth + 1} is no array, others are"
+                f"Unable to parse 'data': input '{name}' is ragged: "
+                f"element {index} at depth {depth + 1} is no array, others are"
             )
         length = len(data[0])
         if any(len(item) != length for item in data):
@@ -159,24 +202,24 @@ def _bad_element(name: str, datatype: str, flat: list[Any]) -> InvalidRequest:
 
 
 def _misfit(datatype: str, item: Any) -> str | None:
-    shown = repr(item) if len(repr(item)) <= 40 else repr(item)[:37] + "..."
     if datatype == "BOOL":
-        return None if type(item) is bool else f"is {shown}, expected true or false"
+        return None if type(item) is bool else f"is {shown(item)}, expected true or false"
     if datatype == "BYTES":
         if type(item) is not str:
-            return f"is {shown}, expected text"
-        return None if _encodable(item) else "holds half of a surrogate pair"
+            return f"is {shown(item)}, expected text"
+        return None if encodable(item) else "holds half of a surrogate pair"
     whole = not datatype.startswith(("FP", "BF"))
     if type(item) is bool or not isinstance(item, int if whole else int | float):
-        return f"is {shown}, expected {'an integer' if whole else 'a number'} for {datatype}"
+        return f"is {shown(item)}, expected {'an integer' if whole else 'a number'} for {datatype}"
     try:
         _struct(_CODE[datatype], 1).pack(item)
     except (StructError, OverflowError):
-        return f"is {shown}, out of range for {datatype}"
+        return f"is {shown(item)}, out of range for {datatype}"
     return None
 
 
-def _encodable(text: str) -> bool:
+def encodable(text: str) -> bool:
+    """Tell whether UTF-8 can carry a text: half of a surrogate pair it cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -186,6 +229,8 @@ def _encodable(text: str) -> bool:
 
 def _text(name: str, item: Any) -> str:
     if isinstance(item, str):
+        if not encodable(item):
+            raise StepFailed(f"output '{name}' has a text with half of a surrogate pair, which UTF-8 cannot carry")
         return item
     if not isinstance(item, bytes):
         raise StepFailed(f"output '{name}' is BYTES, but an element is a {type(item).__name__}; expected bytes or str")

@@ -11,7 +11,7 @@ from servinggraph.errors import InvalidRequest, Unsupported
 from servinggraph.messages import InferenceRequest, RequestedOutput
 from servinggraph.protocols.v2.binary_data import decode_bytes
 from servinggraph.protocols.v2.checks import check_input, check_names
-from servinggraph.protocols.v2.json_data import decode_data, parse_json
+from servinggraph.protocols.v2.json_data import decode_data, parse_json, shown
 from servinggraph.tensors import DATATYPES, Array, TensorSpec, element_count
 
 __all__ = ["RequestLimits", "parse_request"]
@@ -63,9 +63,12 @@ def parse_request(
         document, binary = parse_json(body[:header_length]), memoryview(body)[header_length:]
     if type(document) is not dict:
         raise InvalidRequest("failed to parse the request JSON buffer: expected an object at the top")
-    request_id = document.get("id", "")
-    if type(request_id) is not str:
-        raise InvalidRequest(f"Unable to parse 'id': expected text, got {request_id!r}")
+    # Null stands for absent in all that is optional: MLServer's types write it for what is not set.
+    request_id = document.get("id")
+    if request_id is None:
+        request_id = ""
+    elif type(request_id) is not str:
+        raise InvalidRequest(f"Unable to parse 'id': expected text, got {shown(request_id)}")
     try:
         return _parse(document, request_id, binary, model, declared, known_outputs, limits)
     except InvalidRequest as error:
@@ -100,12 +103,13 @@ def _parse(
         else:
             check_input(name, datatype, shape, spec, model)
         size = None if parameters is None else _binary_size(name, parameters)
+        data = entry.get("data")
         if size is None:
-            if "data" not in entry:
+            if data is None:
                 raise InvalidRequest(f"{_SOURCES}; '{name}' sets none")
-            inputs[name] = decode_data(name, datatype, shape, entry["data"])
+            inputs[name] = decode_data(name, datatype, shape, data)
             continue
-        if "data" in entry:
+        if data is not None:
             raise InvalidRequest(f"{_SOURCES}; '{name}' sets 'data' and 'binary_data_size'")
         left = 0 if binary is None else len(binary) - at
         if binary is None or size > left:
@@ -119,11 +123,13 @@ def _parse(
     if len(inputs) != len(declared):
         check_names(inputs, declared, model)
     request = InferenceRequest(inputs, request_id)
-    if "parameters" in document:
-        request.parameters = _request_parameters(document["parameters"])
+    parameters = document.get("parameters")
+    if parameters is not None:
+        request.parameters = _request_parameters(parameters)
         request.binary = _flag("binary_data_output", request.parameters.get("binary_data_output", False))
-    if document.get("outputs"):
-        request.outputs = _outputs(document["outputs"], model, known_outputs, limits)
+    outputs = document.get("outputs")
+    if outputs is not None:
+        request.outputs = _outputs(outputs, model, known_outputs, limits)
     return request
 
 
@@ -136,10 +142,11 @@ def _input_head(entry: Any) -> tuple[str, str, tuple[int, ...], dict[str, Any] |
     if type(name) is not str or type(sizes) is not list:
         raise _bad_head(entry)
     if type(datatype) is not str or datatype not in DATATYPES:
-        raise InvalidRequest(f"input '{name}': unknown datatype {datatype!r}; expected one of {', '.join(DATATYPES)}")
+        raise InvalidRequest(f"input '{name}': unknown datatype {shown(datatype)}; expected one of {', '.join(DATATYPES)}")
     for size in sizes:
         if type(size) is not int or size < 0:
-            raise InvalidRequest(f"Unable to parse 'shape' of input '{name}': sizes are whole numbers from 0 on, got {size!r}")
+            text = f"Unable to parse 'shape' of input '{name}': sizes are whole numbers from 0 on, got {shown(size)}"
+            raise InvalidRequest(text)
     if len(sizes) > 64:
         raise InvalidRequest(f"Unable to parse 'shape' of input '{name}': it has {len(sizes)} axes, at most 64 are possible")
     if element_count(sizes) > _MAX_ELEMENTS:
@@ -161,7 +168,7 @@ def _bad_head(entry: Any) -> InvalidRequest:
     for key in ("datatype", "shape"):
         if key not in entry:
             return InvalidRequest(f"Unable to parse '{key}': input '{name}' has none")
-    return InvalidRequest(f"Unable to parse 'shape' of input '{name}': expected an array, got {entry['shape']!r}")
+    return InvalidRequest(f"Unable to parse 'shape' of input '{name}': expected an array, got {shown(entry['shape'])}")
 
 
 def _binary_size(name: str, parameters: dict[str, Any]) -> int | None:
@@ -173,7 +180,7 @@ def _binary_size(name: str, parameters: dict[str, Any]) -> int | None:
         raise Unsupported(f"input '{name}' is in shared memory, which this server does not offer; send 'data' or binary data")
     size = parameters.get("binary_data_size")
     if size is not None and (type(size) is not int or size < 0):
-        raise InvalidRequest(f"'binary_data_size' of input '{name}' is a whole number from 0 on, got {size!r}")
+        raise InvalidRequest(f"'binary_data_size' of input '{name}' is a whole number from 0 on, got {shown(size)}")
     return size
 
 
@@ -192,7 +199,7 @@ def _request_parameters(parameters: Any) -> Mapping[str, ParameterValue]:
 
 def _flag(name: str, value: Any) -> bool:
     if type(value) is not bool:
-        raise InvalidRequest(f"parameter '{name}' is true or false, got {value!r}")
+        raise InvalidRequest(f"parameter '{name}' is true or false, got {shown(value)}")
     return value
 
 
@@ -210,7 +217,10 @@ def _outputs(
             raise InvalidRequest("Unable to parse 'outputs': an output has no 'name', or it is no text")
         if known is not None and name not in known:
             raise InvalidRequest(f"unexpected inference output '{name}' for model '{model}', it has {', '.join(known)}")
-        parameters = entry.get("parameters", {})
+        parameters = entry.get("parameters")
+        if parameters is None:
+            requested.setdefault(name, RequestedOutput(name, None, {}))
+            continue
         if type(parameters) is not dict:
             raise InvalidRequest(f"Unable to parse 'parameters' of output '{name}': expected an object")
         for key in ("shared_memory_region", "classification"):
@@ -252,7 +262,8 @@ def _raw(body: bytes, model: str, declared: Mapping[str, TensorSpec]) -> Inferen
         item = DATATYPES[spec.datatype or "UINT8"].itemsize * element_count([size for size in fixed if size != -1])
         if item == 0 or len(body) % item:
             raise InvalidRequest(
-                f"input byte size mismatch for input '{name}' for model '{model}'. Expected a multiple of {item}, got {len(body)}"
+                f"input byte size mismatch for input '{name}' for model '{model}'. "
+                f"Expected a multiple of {item}, got {len(body)}"
             )
         fixed[free[0]] = len(body) // item
     array = decode_bytes(name, model, spec.datatype or "UINT8", fixed, memoryview(body))

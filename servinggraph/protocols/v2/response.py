@@ -9,11 +9,12 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import orjson
 
+from servinggraph.context import ParameterValue
 from servinggraph.errors import InvalidRequest, StepFailed
 from servinggraph.messages import InferenceRequest, InferenceResponse
 from servinggraph.protocols.v2.binary_data import encode_bytes
-from servinggraph.protocols.v2.json_data import encode_data
-from servinggraph.tensors import Array, TensorSpec, datatype_of
+from servinggraph.protocols.v2.json_data import encodable, encode_data
+from servinggraph.tensors import Array, TensorSpec, datatype_of, fits_shape
 
 __all__ = ["EncodedResponse", "answer_tensors", "encode_response"]
 
@@ -33,7 +34,7 @@ def answer_tensors(value: Any, declared: Mapping[str, TensorSpec] | None, node: 
     """Return the tensors that the last node gave, only the declared ones where outputs are declared.
 
     Raises:
-        StepFailed: it gave something else than arrays of V2 datatypes.
+        StepFailed: it gave something else than arrays, or others than the metadata promise.
     """
     if type(value) is not dict and not isinstance(value, Mapping):
         if isinstance(value, np.ndarray) and declared is not None and len(declared) == 1:
@@ -41,19 +42,32 @@ def answer_tensors(value: Any, declared: Mapping[str, TensorSpec] | None, node: 
         else:
             got = type(value).__name__
             raise StepFailed(f"gave a {got} as the answer, expected a mapping of tensor name to numpy array").at(node)
-    names = value if declared is None else declared
     tensors: dict[str, Array] = {}
-    for name in names:
+    if declared is None:
+        for name, array in value.items():
+            if not isinstance(name, str):
+                raise StepFailed(f"gave an answer tensor named {name!r}, which is a {type(name).__name__} and no text").at(node)
+            tensors[name] = array if type(array) is np.ndarray else _as_array(name, array, value, node)
+        return tensors
+    for name, spec in declared.items():
         array = value.get(name)
         if type(array) is not np.ndarray:
-            if array is None:
-                raise StepFailed(f"gave no tensor '{name}': got {', '.join(map(str, value)) or 'none'}").at(node)
-            if not isinstance(array, np.generic | np.ndarray):
-                text = f"answer tensor '{name}' is a {type(array).__name__}, expected a numpy array"
-                raise StepFailed(text).at(node)
-            array = np.asarray(array)
+            array = _as_array(name, array, value, node)
+        if spec.datatype is not None and datatype_of(array) != spec.datatype:
+            got = datatype_of(array) or array.dtype
+            raise StepFailed(f"answer tensor '{name}' has datatype {got}, declared is {spec.datatype}").at(node)
+        if spec.shape is not None and not fits_shape(array.shape, spec.shape):
+            raise StepFailed(f"answer tensor '{name}' has shape {list(array.shape)}, declared is {list(spec.shape)}").at(node)
         tensors[name] = array
     return tensors
+
+
+def _as_array(name: str, array: Any, value: Mapping[Any, Any], node: str) -> Array:
+    if array is None:
+        raise StepFailed(f"gave no tensor '{name}': got {', '.join(map(str, value)) or 'none'}").at(node)
+    if not isinstance(array, np.generic | np.ndarray):
+        raise StepFailed(f"answer tensor '{name}' is a {type(array).__name__}, expected a numpy array").at(node)
+    return np.asarray(array)
 
 
 def encode_response(response: InferenceResponse, request: InferenceRequest) -> EncodedResponse:
@@ -81,12 +95,33 @@ def encode_response(response: InferenceResponse, request: InferenceRequest) -> E
     if response.id:
         document["id"] = response.id
     if response.parameters:
-        document["parameters"] = response.parameters
+        document["parameters"] = _parameters(response.parameters)
     document["outputs"] = entries
     text = _dumps(document)
     if any(len(part) for part in parts):
         return EncodedResponse(b"".join([text, *parts]), len(text))
     return EncodedResponse(text, None)
+
+
+def _parameters(parameters: Mapping[str, Any]) -> dict[str, ParameterValue]:
+    """Return response parameters as JSON has them: numpy scalars as numbers.
+
+    Raises:
+        StepFailed: a value is none that a V2 parameter can have.
+    """
+    plain: dict[str, ParameterValue] = {}
+    for name, value in parameters.items():
+        item = value.item() if isinstance(value, np.generic) else value
+        if type(name) is not str or not isinstance(item, str | int | float):
+            raise StepFailed(
+                f"set response parameter {name!r} to a {type(value).__name__}; names are text, values text, numbers or booleans"
+            )
+        if isinstance(item, int) and not -(2**63) <= item < 2**64:
+            raise StepFailed(f"set response parameter '{name}' to a number beyond 64 bits")
+        if not encodable(name) or (isinstance(item, str) and not encodable(item)):
+            raise StepFailed(f"response parameter {name!r} holds half of a surrogate pair, which UTF-8 cannot carry")
+        plain[name] = item
+    return plain
 
 
 def _entry(name: str, array: Array, binary: bool, parts: list[memoryview | bytes]) -> dict[str, Any]:
