@@ -97,6 +97,11 @@ class Graph:
         self._problems: list[Problem] = []
 
     @property
+    def base(self) -> Path:
+        """Folder that relative paths start from."""
+        return self._base
+
+    @property
     def name(self) -> str:
         """The V2 model name."""
         return str(self._document["graph"])
@@ -205,7 +210,7 @@ class Graph:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Graph):
             return NotImplemented
-        return _moved(self.to_dict(), self._base, Path("/")) == _moved(other.to_dict(), other._base, Path("/"))
+        return _resolved(self) == _resolved(other)
 
     __hash__ = None  # type: ignore[assignment]  # mutable
 
@@ -271,8 +276,14 @@ def _default_name(sketch: NodeSketch) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", name).lstrip("-") or sketch.kind
 
 
+def _resolved(graph: Graph) -> dict[str, Any]:
+    """Return a graph's definition with absolute paths, to compare by."""
+    root = Path("/")
+    return _moved(graph.to_dict(), graph.base, root)
+
+
 def _moved(document: dict[str, Any], old: Path, new: Path) -> dict[str, Any]:
-    """Return the definition with relative `path`s made to start from another folder."""
+    """Return the definition with `path`s made to start from another folder, where that can be said."""
     nodes = {name: _moved_node(node, old.resolve(), new.resolve()) for name, node in document["nodes"].items()}
     return {**document, "nodes": nodes}
 
@@ -281,8 +292,10 @@ def _moved_node(node: Any, old: Path, new: Path) -> Any:
     if not isinstance(node, dict):
         return node
     moved = dict(node)
-    if isinstance(node.get("path"), str) and not Path(node["path"]).is_absolute() and old != new:
-        moved["path"] = Path(os.path.relpath(old / node["path"], new)).as_posix()
+    path = node.get("path")
+    # A model below the graph's own folder stays beside it, however its path was written.
+    if isinstance(path, str) and (not Path(path).is_absolute() or Path(path).is_relative_to(new)):
+        moved["path"] = Path(os.path.relpath(old / path, new)).as_posix()
     if isinstance(node.get("branches"), dict):
         moved["branches"] = {name: _moved_node(branch, old, new) for name, branch in node["branches"].items()}
     return moved

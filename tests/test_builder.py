@@ -170,3 +170,15 @@ def test_a_bad_signature_declaration_is_a_problem_of_its_node():
     graph.to(wrong).respond()
     with pytest.raises(GraphInvalid, match=r"node 'wrong': its declared outputs must map a tensor name to"):
         graph.compile()
+
+
+def test_an_absolute_and_a_relative_path_to_one_model_are_equal(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(model.parent)
+    graphs = []
+    for path in (model, "double.onnx"):
+        graph = Graph("g", inputs={"x": ("FP32", [-1, 4])})
+        graph.to(steps.Onnx(path), name="m").respond()
+        graphs.append(graph)
+    assert graphs[0] == graphs[1]
+    graphs[0].save("g.yaml")
+    assert "double.onnx" == Graph.load("g.yaml").to_dict()["nodes"]["m"]["path"]

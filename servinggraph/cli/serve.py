@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -97,17 +98,16 @@ def _banner(server: Server, path: Path, seconds: float) -> str:
         lines.append(f"  {name.upper()} on {name}://{server.options.host}:{front_end.port}")
     lines.append(f"  ready in {seconds:.2f} s; stop with Ctrl-C")
     if "http" in server.front_ends:
-        lines += ["", "  Try it:", "", f"  {_curl(server.plans[0], path, host, server.front_ends['http'].port)}", ""]
+        lines += ["", "  Try it:", "", f"  {_curl(server.plans[0], host, server.front_ends['http'].port)}", ""]
     return "\n".join(lines)
 
 
-def _curl(plan: Plan, path: Path, host: str, port: int) -> str:
+def _curl(plan: Plan, host: str, port: int) -> str:
     """Return a curl line that works: with the sample beside the graph, else with zeros for small inputs."""
     url = f"http://{host}:{port}/v2/models/{plan.name}"
-    folder = path if path.is_dir() else path.parent
-    sample = folder / "sample.json"
-    if sample.is_file():
-        return f"curl -s {url}/infer -d @{sample}"
+    sample = Path(plan.source).parent / "sample.json" if plan.source else None
+    if sample is not None and sample.is_file():
+        return f"curl -s {url}/infer -d {shlex.quote(f'@{sample}')}"
     inputs = []
     for name, spec in plan.inputs.items():
         shape = [1 if size == -1 else size for size in spec.shape or ()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from servinggraph.interfaces import NodeSketch
 __all__ = ["Onnx", "Python"]
 
 
-def Onnx(path: str, **options: Any) -> NodeSketch:  # noqa: N802  (reads as the kind that it makes)
+def Onnx(path: str | os.PathLike[str], **options: Any) -> NodeSketch:  # noqa: N802  (reads as the kind that it makes)
     """Return an ONNX model step for the builder.
 
     Args:

@@ -228,3 +228,30 @@ def test_a_gpu_answers_as_the_cpu_does(double, device):
     with graph_of(double, X, device=device, batch={"max_rows": 64}).mock() as server:
         large = np.random.default_rng(0).random((64, 3)).astype("f4")
         np.testing.assert_allclose(server.infer(x=large).outputs["y"], large * 2, rtol=1e-3)
+
+
+def test_a_model_that_fails_on_no_rows_refuses_them_as_the_requests_fault(tmp_path):
+    path = save(
+        tmp_path / "first.onnx",
+        [("x", FLOAT, ["N", 3])],
+        [("y", FLOAT, ["N", 3])],
+        [helper.make_node("Gather", ["x", "zero"], ["first"], axis=0), helper.make_node("Add", ["x", "first"], ["y"])],
+        [numpy_helper.from_array(np.array([0]), "zero")],
+    )
+    with graph_of(path, X, batch=True).mock() as server:
+        assert (1, 3) == server.infer(x=ROWS[:1]).outputs["y"].shape
+        with pytest.raises(InvalidRequest, match="node 'm': input 'x' has no rows"):
+            server.infer(x=ROWS[:0])
+
+
+def test_a_model_that_takes_no_rows_gives_none(double):
+    with graph_of(double, X).mock() as server:
+        assert (0, 3) == server.infer(x=ROWS[:0]).outputs["y"].shape
+
+
+def test_an_unbatched_model_of_any_number_of_rows_never_runs_on_the_event_loop_by_itself(double):
+    plan = graph_of(double, X, batch=False).compile()
+    step = plan.nodes[0].work
+    step.load(False)
+    assert "(thread)" in step.describe()
+    step.unload()

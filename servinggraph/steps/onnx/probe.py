@@ -14,7 +14,7 @@ import numpy as np
 
 from servinggraph.concurrency import WorkerThreads
 from servinggraph.context import Context
-from servinggraph.tensors import DATATYPES, Array, TensorSpec
+from servinggraph.tensors import DATATYPES, Array, TensorSpec, element_count
 
 __all__ = ["rows_are_independent", "run_seconds", "sample", "thread_hop_seconds"]
 
@@ -44,7 +44,8 @@ def sample(inputs: Mapping[str, TensorSpec], rows: int, shapes: Mapping[str, lis
             shape[0] = rows
         dtype = DATATYPES[spec.datatype or "FP32"]
         if spec.datatype == "BYTES":
-            array = np.full(shape, "a", dtype=np.object_)
+            letters = [chr(ord("a") + index % 26) for index in range(element_count(shape))]
+            array = np.array(letters, dtype=np.object_).reshape(shape)
         elif dtype.kind == "f":
             array = random.random(shape).astype(dtype)
         else:

@@ -82,7 +82,7 @@ def open_session(path: Path, options: OnnxOptions, place: Placement, cache: Path
     if options.inter_threads > 1:
         settings.execution_mode = ort.ExecutionMode.ORT_PARALLEL
     settings.graph_optimization_level = _LEVEL[options.optimization]
-    settings.log_severity_level = 3  # its warnings go to stderr past our logging
+    settings.log_severity_level = 4  # the rest goes to stderr past our logging, and is in the exceptions anyway
     for key, value in options.session_config.items():
         settings.add_session_config_entry(key, value)
     if options.allow_spinning is False:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +21,13 @@ from servinggraph.steps.onnx.binding import BoundSession
 from servinggraph.steps.onnx.probe import rows_are_independent, run_seconds, sample, thread_hop_seconds
 from servinggraph.steps.onnx.session import DeviceMissing, open_session, placed
 from servinggraph.steps.onnx.tensors import decode_text, output_converter, tensor_spec
-from servinggraph.tensors import Array, Signature, TensorSpec, datatype_of, fits_shape
+from servinggraph.tensors import DATATYPES, Array, Signature, TensorSpec, datatype_of, fits_shape
 
 __all__ = ["Onnx", "OnnxOptions", "TensorRtOptions"]
 
 logger = logging.getLogger("servinggraph.steps.onnx")
+
+_measuring = threading.Lock()
 
 
 class TensorRtOptions(Options):
@@ -98,19 +101,32 @@ class Onnx(Step[OnnxOptions]):
         self._threads: WorkerThreads | None = None
         self._execute = self._runner()
         policy = self._auto_policy() if batch is None else super().load(batch)
-        slowest = self._warm_up(policy) if self.options.warmup else None
-        mode = self.options.run
-        if mode == "auto":
-            hop = thread_hop_seconds()
-            mode = "inline" if slowest is not None and slowest < hop and not self._place.is_nvidia else "thread"
-            if slowest is not None:
-                text = "node '%s': its longest run takes %.0f us, a thread hop %.0f us: runs %s"
-                logger.info(text, self.name, slowest * 1e6, hop * 1e6, mode)
-        self._mode = mode
-        if mode == "thread":
+        self._takes_empty = self._try_empty()
+        # One at a time: graphs and nodes load side by side, and would disturb each other's figures.
+        with _measuring:
+            slowest = self._warm_up(policy) if self.options.warmup else None
+            self._mode = self._chosen_mode(slowest, bounded=policy is not None or not self._first_axis_is_free())
+        if self._mode == "thread":
             self._threads = WorkerThreads(policy.instances if policy else self.options.parallel_runs, self.name)
             self._threads.start()
         return policy
+
+    def _chosen_mode(self, slowest: float | None, *, bounded: bool) -> str:
+        """Return "inline" or "thread", as told or as measured.
+
+        Args:
+            slowest: longest run measured, seconds; None when nothing was.
+            bounded: True when no run can have more rows than were measured.
+        """
+        if self.options.run != "auto":
+            return self.options.run
+        if slowest is None or not bounded or self._place.is_nvidia:
+            return "thread"
+        hop = thread_hop_seconds()
+        mode = "inline" if slowest < hop else "thread"
+        text = "node '%s': its longest run takes %.0f us, a thread hop %.0f us: runs %s"
+        logger.info(text, self.name, slowest * 1e6, hop * 1e6, mode)
+        return mode
 
     def unload(self) -> None:
         threads = getattr(self, "_threads", None)
@@ -130,8 +146,6 @@ class Onnx(Step[OnnxOptions]):
             try:
                 array = value[name]
             except KeyError:
-                if name in self._optional:
-                    continue
                 have = ", ".join(map(str, value)) or "no tensors"
                 raise StepFailed(f"model input '{name}' did not arrive: got {have}") from None
             if not isinstance(array, np.ndarray):
@@ -140,6 +154,8 @@ class Onnx(Step[OnnxOptions]):
                 raise DatatypeMismatch(name, self.name, datatype, datatype_of(array) or str(array.dtype))
             if not fits_shape(array.shape, shape):
                 raise ShapeMismatch(name, self.name, shape, array.shape)
+            if not self._takes_empty and array.shape and array.shape[0] == 0:
+                raise InvalidRequest(f"input '{name}' has no rows, and the model fails on none: send one or more")
             admitted[name] = array
         return admitted
 
@@ -180,11 +196,7 @@ class Onnx(Step[OnnxOptions]):
                     specs[meta.name] = spec
         if problems:
             raise GraphInvalid(problems)
-        # Initializers that a request may override are listed apart and are never required.
-        self._optional: set[str] = set()
         self._signature = Signature(inputs, outputs)
-        from servinggraph.tensors import DATATYPES
-
         self._expected = [
             (name, spec.datatype or "", spec.shape or (), DATATYPES[spec.datatype or "FP32"]) for name, spec in inputs.items()
         ]
@@ -224,13 +236,24 @@ class Onnx(Step[OnnxOptions]):
 
         return execute
 
+    def _first_axis_is_free(self) -> bool:
+        sides = (self._signature.inputs or {}, self._signature.outputs or {})
+        shapes = [spec.shape for tensors in sides for spec in tensors.values()]
+        return bool(self._expected) and all(shape and shape[0] == -1 for shape in shapes)
+
+    def _try_empty(self) -> bool:
+        """Tell whether the model takes inputs without rows; many exports do not."""
+        if not self._first_axis_is_free() or (values := self._sample(1)) is None:
+            return True
+        try:
+            self._execute({name: array[:0] for name, array in values.items()})
+        except Exception:
+            return False
+        return True
+
     def _auto_policy(self) -> BatchPolicy | None:
         """Return the default policy if the model may be batched, as its axes say and a trial shows."""
-        for tensors in (self._signature.inputs, self._signature.outputs):
-            for spec in (tensors or {}).values():
-                if not spec.shape or spec.shape[0] != -1:
-                    return None
-        if not self._expected:
+        if not self._first_axis_is_free():
             return None
         rows = 3
         values = self._sample(rows)
