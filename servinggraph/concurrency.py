@@ -1,7 +1,8 @@
-"""Running several awaitables side by side, and blocking calls in threads of their own.
+"""Running several awaitables side by side, calls with a time limit, and blocking calls in threads.
 
-What asyncio lacks for the hot path: futures that exist already are not wrapped in tasks, and
-a call in a thread costs one queue and one wake-up instead of two futures.
+What asyncio lacks for the hot path: futures that exist already are not wrapped in tasks, a
+time limit asks nobody for the running loop, and a call in a thread costs one queue and one
+wake-up instead of two futures.
 """
 
 from __future__ import annotations
@@ -13,8 +14,54 @@ from queue import SimpleQueue
 from typing import Any
 
 from servinggraph.context import Context
+from servinggraph.errors import DeadlineExceeded, Unavailable
 
-__all__ = ["WorkerThreads", "cancel_all", "run_all"]
+__all__ = ["WorkerThreads", "cancel_all", "run_all", "run_until", "started"]
+
+
+async def run_until(
+    deadline: float,
+    loop: asyncio.AbstractEventLoop,
+    call: Callable[[Any, Context], Awaitable[Any]],
+    value: Any,
+    context: Context,
+    late: str,
+) -> Any:
+    """Await `call(value, context)`, and cancel it at `deadline`, a moment on the loop's clock.
+
+    Raises:
+        DeadlineExceeded: with the message `late`, once the cancelled call has ended.
+    """
+    task = asyncio.current_task(loop)
+    assert task is not None
+    asked_before = task.cancelling()
+    expired = False
+
+    def expire() -> None:
+        nonlocal expired
+        expired = True
+        task.cancel()
+
+    timer = loop.call_at(deadline, expire)
+    try:
+        return await call(value, context)
+    except asyncio.CancelledError:
+        # Somebody else may have cancelled the task as well, and then it is to end.
+        if expired and task.cancelling() - 1 <= asked_before:
+            raise DeadlineExceeded(late) from None
+        raise
+    finally:
+        timer.cancel()
+        if expired:
+            task.uncancel()
+
+
+def started(awaitables: Sequence[Awaitable[Any]]) -> list[asyncio.Future[Any]]:
+    """Return a future of each awaitable; only what is not a future yet becomes a task."""
+    if all(isinstance(awaitable, asyncio.Future) for awaitable in awaitables):
+        return list(awaitables)  # type: ignore[arg-type]  # futures, as just seen
+    loop = asyncio.get_running_loop()
+    return [asyncio.ensure_future(awaitable, loop=loop) for awaitable in awaitables]
 
 
 async def run_all(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
@@ -23,8 +70,10 @@ async def run_all(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
     Returns:
         The results, in order.
     """
-    futures = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+    futures = started(awaitables)
     try:
+        if all(future.done() for future in futures):
+            return [future.result() for future in futures]
         return await asyncio.gather(*futures)
     except BaseException:
         await cancel_all(futures)
@@ -33,14 +82,17 @@ async def run_all(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
 
 async def cancel_all(futures: Sequence[asyncio.Future[Any]]) -> None:
     """Cancel what is pending, wait until it has ended, and mark all outcomes as seen."""
-    pending = [future for future in futures if not future.done()]
-    for future in pending:
+    for future in futures:
+        future.add_done_callback(_look_at)  # so that it counts as seen even if this wait is cancelled, too
         future.cancel()
+    pending = [future for future in futures if not future.done()]
     if pending:
         await asyncio.wait(pending)
-    for future in futures:
-        if not future.cancelled():
-            future.exception()
+
+
+def _look_at(future: asyncio.Future[Any]) -> None:
+    if not future.cancelled():
+        future.exception()
 
 
 class WorkerThreads:
@@ -57,6 +109,9 @@ class WorkerThreads:
         self._calls: SimpleQueue[tuple[Any, ...] | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._loop: asyncio.AbstractEventLoop | None = None
+        # A call that came after the end marks of `stop` would never run, and `stop` is called in a thread.
+        self._lock = threading.Lock()
+        self._stopped = False
 
     def start(self) -> None:
         """Start the threads."""
@@ -66,23 +121,31 @@ class WorkerThreads:
             self._threads.append(thread)
 
     def stop(self) -> None:
-        """Let the threads end after the calls that are queued; does not wait for them."""
-        for _ in self._threads:
-            self._calls.put(None)
-        self._threads.clear()
+        """Let the threads end after the calls that are queued, and refuse others; does not wait for them."""
+        with self._lock:
+            self._stopped = True
+            for _ in self._threads:
+                self._calls.put(None)
+            self._threads.clear()
 
     def call(self, function: Callable[[Any, Context], Any], value: Any, context: Context) -> asyncio.Future[Any]:
         """Run `function(value, context)` in a thread.
 
         A cancelled call that has not begun is never run. One that has begun goes on, and the
         context's slot is held until it ends.
+
+        Raises:
+            Unavailable: the threads were stopped.
         """
         loop = self._loop
         if loop is None:  # asked for once: in Python 3.11 it costs a system call
             loop = self._loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
-        context.begin_work()
-        self._calls.put((loop, future, context, function, value))
+        with self._lock:
+            if self._stopped:
+                raise Unavailable("is shutting down")
+            self._calls.put((loop, future, context, function, value))
+        context.begin_work()  # before this turn of the loop, and so `end_work`, can come
         return future
 
     def _work(self) -> None:
@@ -109,8 +172,9 @@ def _settle(future: asyncio.Future[Any], context: Context, result: Any, error: B
         return
     if error is None:
         future.set_result(result)
-    elif isinstance(error, StopIteration):
-        wrapped = RuntimeError("a step raised StopIteration")  # a future refuses to hold one
+    elif isinstance(error, StopIteration | KeyboardInterrupt):
+        # A future refuses to hold the one, and a task that awaits the other ends the event loop.
+        wrapped = RuntimeError(f"a step raised {type(error).__name__}")
         wrapped.__cause__ = error
         future.set_exception(wrapped)
     else:

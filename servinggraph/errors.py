@@ -182,6 +182,17 @@ class StepFailed(ServingGraphError):
 
     code = ErrorCode.INTERNAL
 
+    @classmethod
+    def because_of(cls, error: BaseException, place: str = "") -> Self:
+        """Return the failure for what a step raised, which becomes its cause; `place` opens the message."""
+        try:
+            text = str(error)
+        except Exception:  # an error whose own text fails is one all the same
+            text = "(its text cannot be read)"
+        failure = cls(f"{place}{type(error).__name__}: {text}")
+        failure.__cause__ = error
+        return failure
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:

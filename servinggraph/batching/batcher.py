@@ -7,11 +7,22 @@ operation itself does may be elsewhere.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Hashable, Mapping
+from collections import deque
+from collections.abc import Awaitable, Callable, Hashable, Mapping
+from functools import partial
 from typing import Any
 
-from servinggraph.batching.queue import BatchQueue, QueueFull
-from servinggraph.batching.rows import group_key, join, pad, rows_of_result, slice_rows
+from servinggraph.batching.queue import BatchQueue
+from servinggraph.batching.rows import (
+    Unjoinable,
+    group_key,
+    join,
+    join_results,
+    pad,
+    rows_of_result,
+    slice_rows,
+    why_bad_errors,
+)
 from servinggraph.context import Context
 from servinggraph.errors import (
     DeadlineExceeded,
@@ -33,7 +44,7 @@ _LONELY = 4
 class _Waiter:
     """One request, or one piece of a large one, on its way through a batch."""
 
-    __slots__ = ("context", "counts", "deadline", "key", "priority", "result", "rows", "value")
+    __slots__ = ("context", "counts", "deadline", "first_row", "key", "priority", "result", "rows", "value")
 
     def __init__(
         self,
@@ -42,8 +53,7 @@ class _Waiter:
         key: Hashable,
         context: Context,
         result: asyncio.Future[Any],
-        *,
-        counts: bool = True,
+        first_row: int = 0,
     ) -> None:
         self.value = value
         self.rows = rows
@@ -52,7 +62,8 @@ class _Waiter:
         self.priority = context.priority
         self.deadline = context.deadline
         self.result = result
-        self.counts = counts
+        self.first_row = first_row  # of a piece: where it begins in its request
+        self.counts = first_row == 0
 
     @property
     def gone(self) -> bool:
@@ -77,12 +88,12 @@ class Batcher:
         name: str,
         admit: Callable[[Any], Any] | None = None,
     ) -> None:
-        self._operation = operation
+        self._suspends = operation.suspends
         self._call = operation.call
         self._policy = policy
         self._name = name
         self._admit = admit
-        self._queue = BatchQueue(policy)
+        self._queue: BatchQueue[_Waiter] = BatchQueue(policy)
         self._loop = asyncio.get_running_loop()
         self._running = 0
         self._instances = policy.instances
@@ -95,8 +106,10 @@ class Batcher:
         self._lone_turns = _LONELY
         self._used_this_turn = False
         self._timer: asyncio.TimerHandle | None = None
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._runs: set[asyncio.Future[Any]] = set()
+        self._joined: set[asyncio.Future[Any]] = set()
         self._closed = False
+        self._abandoned = False
 
     def operation(self) -> Operation:
         """Return the batched operation; same contract as the one inside."""
@@ -113,31 +126,39 @@ class Batcher:
         return self._running
 
     def submit(self, value: Any, context: Context) -> asyncio.Future[Any]:
-        """Queue one request; the future gives its own rows of the result.
+        """Queue one request; the future gives its own rows of the result, or the error.
 
         Cancelling the future takes the request out of the queue, or, when its batch runs,
-        drops its part of the result.
+        drops its part of the result. The future fails with:
 
-        Raises:
             InvalidRequest: the value cannot be batched.
             LimitExceeded: the queue is full.
-            Unavailable: the batcher is closed.
+            DeadlineExceeded: its time was up before it ran.
+            Unavailable: the batcher is closed, or the request waited over `queue_timeout_ms`.
+            StepFailed: the operation failed for this request.
         """
+        result = self._loop.create_future()
         if self._closed:
-            raise Unavailable("is shutting down").at(self._name)
+            result.set_exception(self._error(Unavailable("is shutting down")))
+            return result
         try:
             if self._admit is not None:
                 value = self._admit(value)
             rows = row_count(value)
             key = group_key(value)
         except ServingGraphError as error:
-            error.at(self._name)
-            raise
+            result.set_exception(error.at(self._name))
+            return result
         except Exception as error:
-            raise InvalidRequest(f"cannot batch this value: {error}").at(self._name) from error
+            invalid = InvalidRequest(f"cannot batch this value: {error}")
+            invalid.__cause__ = error
+            result.set_exception(invalid.at(self._name))
+            return result
         if rows > self._max_rows:
-            return self._submit_pieces(value, rows, key, context)
-        result = self._loop.create_future()
+            joined = self._loop.create_task(self._in_pieces(value, rows, key, context))
+            self._joined.add(joined)
+            joined.add_done_callback(self._joined.discard)
+            return joined
         waiter = _Waiter(value, rows, key, context, result)
         if (
             self._lone_turns >= _LONELY
@@ -145,72 +166,107 @@ class Batcher:
             and not self._running
             and not self._used_this_turn
             and not self._queue.waiting
+            and (waiter.deadline is None or waiter.deadline > self._loop.time())
         ):
             self._used_this_turn = True
             self._loop.call_soon(self._end_turn)
             self._start([waiter])
-            return result
-        self._put(waiter)
+        else:
+            self._put(waiter)
         return result
 
     async def close(self) -> None:
-        """Refuse what is queued and new, and wait for the batches that run."""
-        self._closed = True
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        for member in self._queue.clear():
-            assert isinstance(member, _Waiter)
-            self._fail([member], Unavailable("is shutting down"))
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        """Refuse what is queued and new, and wait for the batches that run.
 
-    def _submit_pieces(self, value: Mapping[str, Array], rows: int, key: Hashable, context: Context) -> asyncio.Future[Any]:
-        pieces: list[asyncio.Future[Any]] = []
+        When this is cancelled, because it takes too long, those are abandoned.
+        """
+        self._closed = True
+        for member in self._queue.clear():
+            self._fail([member], Unavailable("is shutting down"))
+        try:
+            while self._runs or self._joined:
+                await asyncio.wait(self._runs | self._joined)
+        except asyncio.CancelledError:
+            self._abandoned = True
+            for run in self._runs:
+                run.cancel()
+            raise
+        finally:
+            self._set_timer(None)
+
+    async def _in_pieces(self, value: Mapping[str, Array], rows: int, key: Hashable, context: Context) -> dict[str, Array]:
+        """Run a request that is too large for one batch, and join its results.
+
+        Only as many pieces are queued as keep every instance busy: others get their turn in
+        between, and the queue stays short.
+        """
+        queued: deque[asyncio.Future[Any]] = deque()
+        results: list[Any] = []
         try:
             for start in range(0, rows, self._max_rows):
+                if len(queued) > self._instances:
+                    results.append(await queued.popleft())
                 stop = min(start + self._max_rows, rows)
-                piece: asyncio.Future[Any] = self._loop.create_future()
-                part = slice_rows(value, start, stop)
-                self._put(_Waiter(part, stop - start, key, context, piece, counts=start == 0))
-                pieces.append(piece)
-        except BaseException:
-            for piece in pieces:
-                piece.cancel()
-            raise
-        task = self._loop.create_task(_joined(pieces))
-        self._own(task)
-        return task
+                piece = self._loop.create_future()
+                queued.append(piece)
+                self._put(_Waiter(slice_rows(value, start, stop), stop - start, key, context, piece, start))
+            while queued:
+                results.append(await queued.popleft())
+        finally:
+            for piece in queued:
+                if not piece.cancel() and not piece.cancelled():
+                    piece.exception()  # looked at: its failure is reported by the first one's
+        try:
+            return join_results(results)
+        except Unjoinable as error:
+            raise StepFailed(f"ran in {len(results)} pieces of at most {self._max_rows} rows, and {error}").at(
+                self._name
+            ) from None
 
     def _put(self, waiter: _Waiter) -> None:
+        if self._closed:
+            self._fail([waiter], Unavailable("is shutting down"))
+            return
         if self._used_this_turn:
             self._lone_turns = 0
-        try:
-            self._queue.put(waiter, self._loop.time(), idle=self._running == 0)
-        except QueueFull:
-            raise LimitExceeded(
-                f"Exceeds maximum queue size: {self._policy.max_queue} requests wait already "
-                "(limit 'batch.max_queue'); try again later"
-            ).at(self._name) from None
+        queue = self._queue
+        if waiter.counts and queue.full:
+            if self._running < self._instances:
+                self._pump()  # this turn's arrivals fill the queue of an idle node: they need not wait for the turn's end
+            if queue.full:
+                limit = f"{self._policy.max_queue} requests wait already (limit 'batch.max_queue')"
+                self._fail([waiter], LimitExceeded(f"Exceeds maximum queue size: {limit}; try again later"))
+                return
+        expires = queue.put(waiter, self._loop.time(), idle=self._running == 0)
         # Not run here: everything else that arrives in this turn of the loop joins the batch.
         # While all instances are busy only a time limit needs a look before a batch ends.
-        if not self._pump_is_due and (
-            self._running < self._instances or waiter.deadline is not None or self._policy.queue_timeout_ms is not None
-        ):
-            self._pump_is_due = True
-            self._loop.call_soon(self._pump)
+        if self._running < self._instances or (expires is not None and (self._timer is None or expires < self._timer.when())):
+            self._pump_soon()
 
     def _end_turn(self) -> None:
         self._used_this_turn = False
 
-    def _pump(self) -> None:
-        """Start every batch that is due, and plan the next look."""
-        self._pump_is_due = False
+    def _pump_soon(self) -> None:
+        if not self._pump_is_due:
+            self._pump_is_due = True
+            self._loop.call_soon(self._pump)
+
+    def _set_timer(self, moment: float | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
+        self._timer = None if moment is None else self._loop.call_at(moment, self._time_is_up, moment)
+
+    def _time_is_up(self, moment: float) -> None:
+        self._timer = None
+        self._look(max(moment, self._loop.time()))  # some event loops wake up a little early
+
+    def _pump(self) -> None:
+        self._pump_is_due = False
+        self._look(self._loop.time())
+
+    def _look(self, now: float) -> None:
+        """Start every batch that is due, and plan the next look."""
         queue = self._queue
-        now = self._loop.time()
         for member in queue.expire(now):
             self._refuse(member, now)
         while self._running < self._instances:
@@ -218,60 +274,86 @@ class Batcher:
             if not batch:
                 break
             self._lone_turns = self._lone_turns + 1 if len(batch) == 1 else 0
-            self._start(batch)  # type: ignore[arg-type]  # only _Waiters are put
+            self._start(batch)
+            if not self._suspends and queue.waiting:
+                # It held the loop: answers go out, arrivals come in and time limits count before the next one.
+                self._pump_soon()
+                return
         if queue.waiting:
             moment = queue.next_event(busy=self._running >= self._instances)
-            if moment is not None:
-                self._timer = self._loop.call_at(moment, self._pump)
+            # A timer that is too early stays: with time limits far away nearly every one would be set in vain.
+            if moment is not None and (self._timer is None or moment < self._timer.when()):
+                self._set_timer(moment)
 
-    def _refuse(self, member: Any, now: float) -> None:
-        if member.deadline is not None and member.deadline <= now:
+    def _refuse(self, waiter: _Waiter, now: float) -> None:
+        if waiter.deadline is not None and waiter.deadline <= now:
             error: ServingGraphError = DeadlineExceeded("Request timeout expired while it waited for a batch")
         else:
             limit = f"limit 'batch.queue_timeout_ms' = {self._policy.queue_timeout_ms:g}"
             error = Unavailable(f"Request timeout expired: it waited for a batch too long ({limit})")
-        self._fail([member], error)
+        self._fail([waiter], error)
 
     def _start(self, batch: list[_Waiter]) -> None:
         single = len(batch) == 1
+        value: Any = batch[0].value
+        rows = batch[0].rows
+        context = batch[0].context
         try:
-            value = batch[0].value if single else join([waiter.value for waiter in batch])
-            rows = batch[0].rows if single else sum(waiter.rows for waiter in batch)
+            if not single:
+                value = join([waiter.value for waiter in batch])
+                rows = sum(waiter.rows for waiter in batch)
+                context = _shared_context(batch)
             if self._pad_to is not None and 0 < rows < self._pad_to[-1]:
                 size = next(size for size in self._pad_to if size >= rows)
                 if size > rows:
                     value, rows = pad(value, rows, size), size
-        except Exception as error:  # out of memory, say
+            result = self._call(value, context)
+            if self._suspends:
+                # An operation that cannot suspend has run by now, and one that can has begun.
+                self._watch(result, batch, rows, context)
+                return
+        except KeyboardInterrupt as error:  # not the step's: somebody stops the process
             self._fail(batch, error)
+            raise
+        except BaseException as error:
+            self._failed(batch, error)
             return
-        context = batch[0].context if single else Context(graph=batch[0].context.graph)
-        if not self._operation.suspends:
-            try:
-                result = self._call(value, context)
-            except Exception as error:
-                self._failed(batch, error)
-            else:
-                self._finish(batch, rows, context, result)
-            return
+        self._finish(batch, rows, context, result)
+
+    def _watch(self, awaitable: Awaitable[Any], batch: list[_Waiter], rows: int, context: Context) -> None:
+        """Have `_done` called when a batch under way has ended."""
+        left: Callable[[asyncio.Future[Any]], None] | None = None
+        if isinstance(awaitable, asyncio.Future):
+            running: asyncio.Future[Any] = awaitable
+        else:
+            running = self._loop.create_task(_awaited(awaitable))
+            left = _Left(running, len(batch))
+            for waiter in batch:
+                waiter.result.add_done_callback(left)
         self._running += 1
         for waiter in batch:
             waiter.context.begin_work()
-        try:
-            running = asyncio.ensure_future(self._call(value, context), loop=self._loop)
-        except Exception as error:
-            self._ended(batch)
-            self._failed(batch, error)
-            return
         # Owned so that `close` waits for it; done callbacks run also when it is cancelled.
-        self._own(running)
-        running.add_done_callback(lambda done: self._done(done, batch, rows, context))
+        self._runs.add(running)
+        running.add_done_callback(partial(self._done, batch, rows, context, left))
 
-    def _own(self, running: asyncio.Future[Any]) -> None:
-        self._tasks.add(running)  # type: ignore[arg-type]  # futures and tasks are both awaited by close
-        running.add_done_callback(self._tasks.discard)
-
-    def _done(self, done: asyncio.Future[Any], batch: list[_Waiter], rows: int, context: Context) -> None:
-        self._ended(batch)
+    def _done(
+        self,
+        batch: list[_Waiter],
+        rows: int,
+        context: Context,
+        left: Callable[[asyncio.Future[Any]], None] | None,
+        done: asyncio.Future[Any],
+    ) -> None:
+        self._runs.discard(done)
+        self._running -= 1
+        if left is not None:
+            for waiter in batch:
+                waiter.result.remove_done_callback(left)
+        if context is batch[0].context:
+            context.end_work()
+        else:  # a thread that the batch began may run on although the batch was cancelled
+            context.when_idle(partial(_end_work, batch))
         if done.cancelled():
             self._failed(batch, StepFailed("the batch was cancelled"))
         elif (error := done.exception()) is not None:
@@ -280,36 +362,45 @@ class Batcher:
             self._finish(batch, rows, context, done.result())
         self._pump()
 
-    def _ended(self, batch: list[_Waiter]) -> None:
-        self._running -= 1
-        for waiter in batch:
-            waiter.context.end_work()
-
     def _finish(self, batch: list[_Waiter], rows: int, context: Context, result: Any) -> None:
+        """Hand each member its rows of a batch's result."""
         errors: Mapping[int, str | BaseException] = {}
-        if isinstance(result, RowErrors):
-            errors, result = result.errors, result.outputs
-        reason = rows_of_result(result, rows)
-        if reason is not None:
-            self._fail(batch, StepFailed(reason))
-            return
-        if len(batch) == 1 and batch[0].rows == rows and not errors:
-            if not batch[0].result.done():
-                batch[0].result.set_result(result)
-            return
-        start = 0
-        added = context.response_parameters if len(batch) > 1 else None
-        for waiter in batch:
-            stop = start + waiter.rows
-            if not waiter.result.done():  # its caller may have gone
+        try:
+            reason = None
+            if isinstance(result, RowErrors):
+                errors, result = result.errors, result.outputs
+                reason = why_bad_errors(errors, rows)
+            reason = reason or rows_of_result(result, rows)
+            if reason is None and len(batch) == 1 and batch[0].rows == rows and not errors:
+                if not batch[0].result.done():
+                    batch[0].result.set_result(result)
+                return
+            start = 0
+            parts: list[Any] = []
+            for waiter in batch if reason is None else ():
+                stop = start + waiter.rows
                 bad = next((row for row in range(start, stop) if row in errors), None) if errors else None
                 if bad is None:
-                    waiter.result.set_result(slice_rows(result, start, stop))
-                    if added:
-                        waiter.context.response_parameters.update(added)
+                    parts.append(slice_rows(result, start, stop))
                 else:
-                    waiter.result.set_exception(self._row_error(bad - start, errors[bad]))
-            start = stop
+                    parts.append(self._row_error(waiter.first_row + bad - start, errors[bad]))
+                start = stop
+        except Exception as error:  # a result that only looks like a mapping of arrays
+            self._failed(batch, error)
+            return
+        if reason is not None:
+            self._failed(batch, StepFailed(reason))
+            return
+        added = context.response_parameters if len(batch) > 1 else None
+        for waiter, part in zip(batch, parts, strict=True):
+            if waiter.result.done():  # its caller has gone
+                continue
+            if isinstance(part, ServingGraphError):
+                waiter.result.set_exception(part)
+                continue
+            if added:
+                waiter.context.response_parameters.update(added)
+            waiter.result.set_result(part)
 
     def _row_error(self, row: int, reason: str | BaseException) -> ServingGraphError:
         if isinstance(reason, BaseException):
@@ -323,27 +414,25 @@ class Batcher:
         """
         if isinstance(error, ServingGraphError):
             return error.copy().at(self._name)
-        own = StepFailed(f"{place}{type(error).__name__}: {error}").at(self._name)
-        own.__cause__ = error
-        return own
+        return StepFailed.because_of(error, place).at(self._name)
 
     def _failed(self, batch: list[_Waiter], error: BaseException) -> None:
-        """Answer a batch whose run raised: run members again alone, or fail them all."""
-        if len(batch) > 1 and self._policy.isolate and not self._closed:
-            for waiter in batch:
-                if not waiter.result.done():
-                    self._start_alone(waiter)
+        """Answer a batch whose run failed: run members again alone, or fail them all."""
+        if self._abandoned:
+            self._fail(batch, Unavailable("is shutting down"))
+        elif len(batch) > 1 and self._policy.isolate:
+            self._run_alone([waiter for waiter in batch if not waiter.result.done()])
         else:
             self._fail(batch, error)
 
-    def _start_alone(self, waiter: _Waiter) -> None:
+    def _run_alone(self, waiters: list[_Waiter]) -> None:
         # One after the other, behind whatever runs: a failing batch must not multiply the load.
-        if not self._operation.suspends:
-            self._start([waiter])
-            return
-        waiter.key = (waiter.key, object())  # a key of its own: it never meets another member again
-        waiter.counts = False
-        self._queue.put(waiter, self._loop.time(), idle=True)
+        now = self._loop.time()
+        for waiter in waiters:
+            waiter.key = object()  # a key of its own: it never meets another member again
+            waiter.counts = False
+            self._queue.put_back(waiter, now)
+        self._pump_soon()
 
     def _fail(self, batch: list[_Waiter], error: BaseException) -> None:
         for waiter in batch:
@@ -351,14 +440,39 @@ class Batcher:
                 waiter.result.set_exception(self._error(error))
 
 
-async def _joined(pieces: list[asyncio.Future[Any]]) -> dict[str, Array]:
-    """Wait for the pieces of one request and join them; the first failure cancels the others."""
+class _Left:
+    """Cancels a batch when the last of its members has gone: nobody waits for its result."""
+
+    __slots__ = ("_members", "_running")
+
+    def __init__(self, running: asyncio.Future[Any], members: int) -> None:
+        self._running = running
+        self._members = members
+
+    def __call__(self, result: asyncio.Future[Any]) -> None:
+        self._members -= 1
+        if self._members == 0:
+            self._running.cancel()
+
+
+def _end_work(batch: list[_Waiter]) -> None:
+    for waiter in batch:
+        waiter.context.end_work()
+
+
+def _shared_context(batch: list[_Waiter]) -> Context:
+    """Return the context of several members' run: worthless only when it is so for all of them."""
+    deadline: float | None = 0.0
+    for waiter in batch:
+        if waiter.deadline is None:
+            deadline = None
+            break
+        deadline = max(deadline or 0.0, waiter.deadline)
+    return Context(graph=batch[0].context.graph, deadline=deadline)
+
+
+async def _awaited(awaitable: Awaitable[Any]) -> Any:
     try:
-        results = [await piece for piece in pieces]
-    except BaseException:
-        for piece in pieces:
-            piece.cancel()
-            if piece.done() and not piece.cancelled():
-                piece.exception()  # looked at: its failure is reported by the first one's
-        raise
-    return join(results)
+        return await awaitable
+    except SystemExit as error:  # a task would let it through to the event loop, which then ends
+        raise StepFailed.because_of(error) from error

@@ -9,7 +9,11 @@ import numpy as np
 
 from servinggraph.tensors import Array
 
-__all__ = ["group_key", "join", "pad", "rows_of_result", "slice_rows"]
+__all__ = ["Unjoinable", "group_key", "join", "join_results", "pad", "rows_of_result", "slice_rows", "why_bad_errors"]
+
+
+class Unjoinable(Exception):
+    """The results of one request's pieces do not fit each other."""
 
 
 def group_key(tensors: Mapping[str, Array]) -> Hashable:
@@ -24,6 +28,26 @@ def group_key(tensors: Mapping[str, Array]) -> Hashable:
 def join(values: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
     """Concatenate the tensors of several values along the first axis; their names are equal."""
     return {name: np.concatenate([value[name] for value in values]) for name in values[0]}
+
+
+def join_results(results: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """Concatenate what a step gave for the pieces of one request.
+
+    Raises:
+        Unjoinable: they differ in names, datatypes or shapes, which concatenation would hide.
+    """
+    first = results[0]
+    for result in results[1:]:
+        if result.keys() != first.keys():
+            raise Unjoinable(f"one gave outputs {sorted(first)}, another {sorted(result)}")
+        for name, array in result.items():
+            if array.dtype != first[name].dtype:
+                raise Unjoinable(f"output '{name}' is {first[name].dtype} in one and {array.dtype} in another")
+            if array.shape[1:] != first[name].shape[1:]:
+                raise Unjoinable(
+                    f"output '{name}' has shape {list(first[name].shape)} in one and {list(array.shape)} in another"
+                )
+    return join(results)
 
 
 def slice_rows(tensors: Mapping[str, Array], start: int, stop: int) -> dict[str, Array]:
@@ -52,4 +76,14 @@ def rows_of_result(result: Any, rows: int) -> str | None:
                 f"output '{name}' has shape {list(shape)}, but the batch has {rows} rows: "
                 "the first axis of every output must be the batch"
             )
+    return None
+
+
+def why_bad_errors(errors: Any, rows: int) -> str | None:
+    """Say why what `RowErrors` holds is not a mapping from rows of the batch; None when it is."""
+    if not isinstance(errors, Mapping):
+        return f"RowErrors takes a mapping of row to what was wrong with it, got a {type(errors).__name__}"
+    for row in errors:
+        if not isinstance(row, int | np.integer) or not 0 <= row < rows:
+            return f"RowErrors names row {row!r}, but the batch has rows 0 to {rows - 1}"
     return None

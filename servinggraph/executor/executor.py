@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from servinggraph.batching import Batcher
+from servinggraph.concurrency import run_until
 from servinggraph.context import Context
-from servinggraph.errors import DeadlineExceeded, ServingGraphError, StepFailed
+from servinggraph.errors import ServingGraphError, StepFailed
 from servinggraph.executor.stretches import named, run_plan
-from servinggraph.executor.wiring import router_operation, step_operation, wrapped
+from servinggraph.executor.wiring import router_operation, step_operation, unshared, wrapped
 from servinggraph.interfaces import BatchPolicy, Handler, Operation, Router, Step
 from servinggraph.plan import Plan, PlanNode
 
@@ -36,7 +37,9 @@ class Executor:
             (node, node.work) for node in plan.every_node() if isinstance(node.work, Step)
         ]
         self._run: Handler = _not_started
-        self.now = asyncio.get_running_loop().time
+        self._suspends = False
+        self._loop = asyncio.get_running_loop()
+        self.now = self._loop.time
 
     async def start(self) -> None:
         """Load all steps, in threads side by side, and build the callable that runs requests.
@@ -44,30 +47,37 @@ class Executor:
         Raises:
             ServingGraphError: a step failed to load; names the node. All steps are unloaded again.
         """
-        loads = [asyncio.to_thread(step.load, node.batch) for node, step in self._steps]
-        results = await asyncio.gather(*loads, return_exceptions=True)
-        for (node, _), result in zip(self._steps, results, strict=True):
-            if isinstance(result, BaseException):
-                await self.stop()
-                if isinstance(result, ServingGraphError):
-                    raise result.at(node.name)
-                raise StepFailed(f"failed to load: {type(result).__name__}: {result}").at(node.name) from result
-        policies = {node.name: result for (node, _), result in zip(self._steps, results, strict=True)}
+        loads = [asyncio.to_thread(_loaded, node, step) for node, step in self._steps]
+        try:
+            results = await asyncio.gather(*loads, return_exceptions=True)
+            failure = next((result for result in results if isinstance(result, BaseException)), None)
+            if failure is not None:
+                raise failure
+            self._build({node.name: policy for (node, _), policy in zip(self._steps, results, strict=True)})
+        except BaseException:
+            await self.stop()
+            raise
+
+    def _build(self, policies: Mapping[str, Any]) -> None:
+        """Make the callable that runs requests of what the steps' loads have given."""
         operations = {node.name: self._operation(node, policies) for node in self.plan.nodes}
         whole = run_plan(self.plan.nodes, operations, self.plan.answer)
         if self.plan.batch is not None:
             self.batchers[""] = Batcher(whole, self.plan.batch, self.plan.name)
             whole = self.batchers[""].operation()
         self._run = whole.handler
+        self._suspends = whole.suspends
 
     async def stop(self) -> None:
         """Finish the batches that run, refuse what waits, unload all steps."""
-        await asyncio.gather(*(batcher.close() for batcher in self.batchers.values()))
-        for node, step in self._steps:
-            try:
-                await asyncio.to_thread(step.unload)
-            except Exception:
-                logger.exception("node '%s' failed to unload", node.name)
+        try:
+            await asyncio.gather(*(batcher.close() for batcher in self.batchers.values()))
+        finally:  # also when that takes too long and is cancelled
+            for node, step in self._steps:
+                try:
+                    await asyncio.to_thread(_unloaded, step)
+                except Exception:
+                    logger.exception("node '%s' failed to unload", node.name)
 
     async def run(self, value: Any, context: Context) -> Any:
         """Run one request.
@@ -80,19 +90,13 @@ class Executor:
             ServingGraphError: with the node that failed.
         """
         seconds = self.plan.timeout_s
-        if seconds is None and context.deadline is None:
-            return await self._run(value, context)
         if seconds is not None:
             end = self.now() + seconds
             if context.deadline is None or end < context.deadline:
                 context.deadline = end
-        try:
-            async with asyncio.timeout_at(context.deadline) as scope:
-                return await self._run(value, context)
-        except TimeoutError:
-            if scope.expired():
-                raise DeadlineExceeded("Request timeout expired") from None
-            raise
+        if context.deadline is None or not self._suspends:  # plain calls cannot be interrupted: they look at the deadline
+            return await self._run(value, context)
+        return await run_until(context.deadline, self._loop, self._run, value, context, "Request timeout expired")
 
     def _operation(self, node: PlanNode, policies: Mapping[str, Any]) -> Operation:
         """Return a node's finished operation; branches of routers first."""
@@ -112,9 +116,48 @@ class Executor:
         operation = self._operation(node, policies)
         batcher = self.batchers.get(node.name)
         if batcher is not None and operation.call == batcher.submit:
-            # A batcher names its node itself, and its future needs no task around it.
+            # A batcher names its node itself, its future needs no task around it, and it changes no value.
             return operation.call
-        return named([(node.name, operation)]).handler
+        operation = named([(node.name, operation)])
+        return _alone(operation) if operation.suspends else _at_once(operation, self._loop)
+
+
+def _alone(operation: Operation) -> Handler:
+    """Return a branch's handler: its router gives all branches the same value, and each may change its own mapping."""
+    call = operation.call
+    return lambda value, context: call(unshared(value), context)
+
+
+def _at_once(operation: Operation, loop: asyncio.AbstractEventLoop) -> Handler:
+    """Return the handler of a branch that does not suspend: its future is done, so that no router makes it a task."""
+    call = operation.call
+
+    def handle(value: Any, context: Context) -> asyncio.Future[Any]:
+        future = loop.create_future()
+        try:
+            future.set_result(call(unshared(value), context))
+        except ServingGraphError as error:  # others have become one
+            future.set_exception(error)
+        return future
+
+    return handle
+
+
+def _loaded(node: PlanNode, step: Step[Any]) -> BatchPolicy | None:
+    """Load a step; whatever it raises becomes an error that names it and that a future can hold."""
+    try:
+        return step.load(node.batch)
+    except ServingGraphError as error:
+        raise error.at(node.name) from error.__cause__
+    except BaseException as error:
+        raise StepFailed.because_of(error, "failed to load: ").at(node.name) from error
+
+
+def _unloaded(step: Step[Any]) -> None:
+    try:
+        step.unload()
+    except BaseException as error:  # a task would let SystemExit through to the event loop, and StopIteration be lost
+        raise StepFailed.because_of(error) from error
 
 
 async def _not_started(value: Any, context: Context) -> Any:

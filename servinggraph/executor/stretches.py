@@ -7,23 +7,17 @@ something are ready at once does a request get tasks, in one TaskGroup.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
-from typing import Any
+from typing import Any, Final
 
 from servinggraph.context import Context
 from servinggraph.errors import DeadlineExceeded, ServingGraphError, StepFailed
-from servinggraph.executor.wiring import as_failure, read_only
+from servinggraph.executor.wiring import SLOW_STEP_S, SlowSteps, as_failure, read_only, unshared
 from servinggraph.interfaces import Operation
 from servinggraph.plan import INPUTS, PlanNode
 
 __all__ = ["named", "run_plan"]
-
-logger = logging.getLogger("servinggraph.executor")
-
-SLOW_STEP_S = 0.05
-"""An inline step that holds the event loop for longer is reported, once."""
 
 Runner = Callable[[Any, Context], Any]
 
@@ -53,7 +47,7 @@ def named(steps: Sequence[tuple[str, Operation]]) -> Operation:
 def _plain(steps: Sequence[tuple[str, Operation]], clock: Callable[[], float]) -> Runner:
     """Return a plain callable that runs operations of which none suspends."""
     calls = [(name, operation.call) for name, operation in steps]
-    report_slow = _SlowSteps().report
+    report_slow = SlowSteps().report
 
     def run(value: Any, context: Context) -> Any:
         name = ""
@@ -71,7 +65,9 @@ def _plain(steps: Sequence[tuple[str, Operation]], clock: Callable[[], float]) -
         except ServingGraphError as error:
             error.at(name)
             raise
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:  # not the step's: somebody stops the process
+            raise
+        except BaseException as error:  # also CancelledError: nobody can cancel a plain call from outside
             raise as_failure(error, name) from error
         return value
 
@@ -81,7 +77,7 @@ def _plain(steps: Sequence[tuple[str, Operation]], clock: Callable[[], float]) -
 def _awaiting(steps: Sequence[tuple[str, Operation]], clock: Callable[[], float]) -> Runner:
     """Return an async callable that runs operations of which some suspend."""
     calls = [(name, operation.call, operation.suspends) for name, operation in steps]
-    report_slow = _SlowSteps().report
+    report_slow = SlowSteps().report
 
     async def run(value: Any, context: Context) -> Any:
         name = ""
@@ -107,29 +103,13 @@ def _awaiting(steps: Sequence[tuple[str, Operation]], clock: Callable[[], float]
                 raise
             # Nobody cancelled this request: something that the step waited for was cancelled.
             raise StepFailed("was cancelled from inside").at(name) from error
-        except (Exception, SystemExit) as error:
+        except (KeyboardInterrupt, GeneratorExit):  # the process, or the event loop, is ending
+            raise
+        except BaseException as error:
             raise as_failure(error, name) from error
         return value
 
     return run
-
-
-class _SlowSteps:
-    """Reports an inline step that holds the event loop, once for each."""
-
-    def __init__(self) -> None:
-        self._reported: set[str] = set()
-
-    def report(self, name: str, seconds: float) -> None:
-        if name in self._reported:
-            return
-        self._reported.add(name)
-        logger.warning(
-            "node '%s' held the event loop for %.0f ms, and every other request waited: "
-            "give it 'run: thread' or make it async (reported once)",
-            name,
-            seconds * 1e3,
-        )
 
 
 def _stretches(nodes: Sequence[PlanNode]) -> list[list[PlanNode]]:
@@ -150,6 +130,10 @@ def _stretches(nodes: Sequence[PlanNode]) -> list[list[PlanNode]]:
             stretches.append(stretch)
             ending[node.name] = stretch
     return stretches
+
+
+_MISSING: Final = object()
+"""Stands for the result of a stretch that has not run."""
 
 
 class _Request:
@@ -180,13 +164,16 @@ class _Branching:
         self._inputs_at = len(stretches)
         number_of[INPUTS] = self._inputs_at
         sources = [[number_of[name] for name in stretch[0].sources] for stretch in stretches]
-        self._collect = [_collector(stretch[0], numbers) for stretch, numbers in zip(stretches, sources, strict=True)]
         self._targets: list[list[int]] = [[] for _ in range(len(stretches) + 1)]
         for index, numbers in enumerate(sources):
             for number in numbers:
                 self._targets[number].append(index)
         self._waiting = [len(numbers) for numbers in sources]
         self._forks = [len(targets) > 1 for targets in self._targets]
+        self._collect = [
+            _collector(stretch[0], numbers, self._forks) for stretch, numbers in zip(stretches, sources, strict=True)
+        ]
+        self._answer = answer
         self._answer_at = number_of[answer]
         self._parallel = self._may_overlap(sources)
 
@@ -204,7 +191,7 @@ class _Branching:
         return any(a not in ancestors[b] for i, b in enumerate(suspending) for a in suspending[:i])
 
     def _begin(self, value: Any, context: Context) -> _Request:
-        request = _Request([None] * len(self._targets), self._waiting.copy(), context)
+        request = _Request([_MISSING] * len(self._targets), self._waiting.copy(), context)
         request.results[self._inputs_at] = read_only(value) if self._forks[self._inputs_at] else value
         return request
 
@@ -231,7 +218,11 @@ class _Branching:
         except BaseExceptionGroup as group_error:
             first = _first(group_error)
             raise first from first.__cause__
-        return request.results[self._answer_at]
+        answer = request.results[self._answer_at]
+        if answer is _MISSING:
+            # A step cancelled the task it ran in: a group takes that for a normal end.
+            raise StepFailed("a node before it was cancelled from inside").at(self._answer)
+        return answer
 
     async def _walk(self, request: _Request, plain: list[int], follow: int | None) -> None:
         """Run stretches until none is ready that no other task has taken on."""
@@ -277,10 +268,12 @@ class _Branching:
         request.results[index] = read_only(result) if self._forks[index] else result
 
 
-def _collector(node: PlanNode, numbers: list[int]) -> Callable[[list[Any]], Any]:
+def _collector(node: PlanNode, numbers: list[int], forks: list[bool]) -> Callable[[list[Any]], Any]:
     """Return what makes a node's value of its sources' results."""
     if len(numbers) == 1:
         (only,) = numbers
+        if forks[only]:
+            return lambda results: unshared(results[only])
         return lambda results: results[only]
     pairs = list(zip(node.sources, numbers, strict=True))
 

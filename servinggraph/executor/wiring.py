@@ -6,19 +6,45 @@ All decisions fall here, once; what comes out has no `if` about configuration in
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from servinggraph.batching import Batcher
+from servinggraph.concurrency import run_until
 from servinggraph.context import Context
 from servinggraph.errors import DeadlineExceeded, ServingGraphError, StepFailed
 from servinggraph.interfaces import BatchPolicy, Handler, Operation, Router, RowErrors, Step
 from servinggraph.plan import PlanNode
 from servinggraph.tensors import TensorSpec, datatype_of, fits_shape
 
-__all__ = ["as_failure", "read_only", "router_operation", "step_operation", "wrapped"]
+__all__ = ["SlowSteps", "as_failure", "read_only", "router_operation", "step_operation", "unshared", "wrapped"]
+
+logger = logging.getLogger("servinggraph.executor")
+
+SLOW_STEP_S = 0.05
+"""An inline step that holds the event loop for longer is reported, once."""
+
+
+class SlowSteps:
+    """Reports an inline step that holds the event loop, once for each."""
+
+    def __init__(self) -> None:
+        self._reported: set[str] = set()
+
+    def report(self, name: str, seconds: float) -> None:
+        if name in self._reported:
+            return
+        self._reported.add(name)
+        logger.warning(
+            "node '%s' held the event loop for %.0f ms, and every other request waited: "
+            "give it 'run: thread' or make it async (reported once)",
+            name,
+            seconds * 1e3,
+        )
 
 
 def step_operation(node: PlanNode, step: Step[Any], policy: BatchPolicy | None, batchers: dict[str, Batcher]) -> Operation:
@@ -27,6 +53,8 @@ def step_operation(node: PlanNode, step: Step[Any], policy: BatchPolicy | None, 
     if policy is None:
         return _whole_rows(operation) if step.gives_row_errors else operation
     admit = step.admit if type(step).admit is not Step.admit else None
+    if not operation.suspends:
+        operation = _measured(operation, node.name)
     batcher = Batcher(operation, policy, node.name, admit)
     batchers[node.name] = batcher
     return batcher.operation()
@@ -58,16 +86,19 @@ def as_failure(error: BaseException, node: str) -> ServingGraphError:
     """Return what a step raised as an error that names the node."""
     if isinstance(error, ServingGraphError):
         return error.at(node)
-    failure = StepFailed(f"{type(error).__name__}: {error}").at(node)
-    failure.__cause__ = error
-    return failure
+    return StepFailed.because_of(error).at(node)
 
 
 def read_only(value: Any) -> Any:
-    """Return a mapping of arrays as read-only views; anything else as it is."""
-    if not isinstance(value, dict):
-        return value
-    return {name: _locked(array) for name, array in value.items()}
+    """Return an array, or a mapping of arrays, as read-only views; anything else as it is."""
+    if isinstance(value, Mapping):
+        return {name: _locked(array) for name, array in value.items()}
+    return _locked(value)
+
+
+def unshared(value: Any) -> Any:
+    """Return what one of several takers of a `read_only` value gets: a mapping is its own to change."""
+    return value.copy() if type(value) is dict else value
 
 
 def _locked(array: Any) -> Any:
@@ -75,6 +106,22 @@ def _locked(array: Any) -> Any:
         array = array.view()
         array.flags.writeable = False
     return array
+
+
+def _measured(operation: Operation, name: str) -> Operation:
+    """Report a step that holds the event loop while it runs a batch; stretches see only the wait for it."""
+    call = operation.call
+    report_slow = SlowSteps().report
+
+    def run(value: Any, context: Context) -> Any:
+        began = perf_counter()
+        result = call(value, context)
+        seconds = perf_counter() - began
+        if seconds > SLOW_STEP_S:
+            report_slow(name, seconds)
+        return result
+
+    return Operation(run, suspends=False)
 
 
 def _then(operation: Operation, after: Callable[[Any], Any]) -> Operation:
@@ -129,19 +176,19 @@ def _mapped(node: PlanNode, operation: Operation) -> Operation:
     into, out, keep = node.renamed_inputs, node.renamed_outputs, node.keep
 
     def enter(value: Any) -> Any:
+        if keep is not None:
+            # Kept tensors go to the node and past it: it must not write into them.
+            value = read_only(value)
         if not into:
             return value
         _require_mapping(value, "takes")
-        for old in into:
-            if old not in value:
-                raise StepFailed(f"'rename.inputs' names '{old}', which did not arrive: got {sorted(value)}")
-        return {into.get(name, name): tensor for name, tensor in value.items()}
+        return _renamed(value, into, "inputs", "did not arrive")
 
     def leave(value: Any, result: Any) -> Any:
         if not out and keep is None:
             return result
         _require_mapping(result, "returns")
-        joined = {out.get(name, name): tensor for name, tensor in result.items()}
+        joined = _renamed(result, out, "outputs", "was not given")
         if keep is None:
             return joined
         _require_mapping(value, "keeps tensors of")
@@ -165,6 +212,16 @@ def _mapped(node: PlanNode, operation: Operation) -> Operation:
     return Operation(lambda value, context: leave(value, call(enter(value), context)), suspends=False)
 
 
+def _renamed(tensors: Mapping[str, Any], names: Mapping[str, str], side: str, absent: str) -> dict[str, Any]:
+    for old in names:
+        if old not in tensors:
+            raise StepFailed(f"'rename.{side}' names '{old}', which {absent}: got {sorted(tensors)}")
+    renamed = {names.get(name, name): tensor for name, tensor in tensors.items()}
+    if len(renamed) != len(tensors):
+        raise StepFailed(f"'rename.{side}' makes two tensors one: got {sorted(tensors)}, renames {dict(names)}")
+    return renamed
+
+
 def _require_mapping(value: Any, what: str) -> None:
     if not isinstance(value, Mapping):
         raise StepFailed(f"{what} a {type(value).__name__}: 'rename' and 'keep' need a mapping of tensor name to array")
@@ -172,19 +229,16 @@ def _require_mapping(value: Any, what: str) -> None:
 
 def _limited(operation: Operation, seconds: float) -> Operation:
     call = operation.call
-    clock = asyncio.get_running_loop().time
+    loop = asyncio.get_running_loop()
+    clock = loop.time
     late = f"took longer than its timeout_ms = {seconds * 1e3:g}"
     if operation.suspends:
 
         async def wait(value: Any, context: Context) -> Any:
-            narrowed = context.with_deadline(clock() + seconds)
-            try:
-                async with asyncio.timeout_at(narrowed.deadline) as scope:
-                    return await call(value, narrowed)
-            except TimeoutError:
-                if scope.expired():
-                    raise DeadlineExceeded(late) from None
-                raise
+            end = clock() + seconds
+            if context.deadline is not None and context.deadline <= end:
+                return await call(value, context)  # the request's own limit comes first, and is kept already
+            return await run_until(end, loop, call, value, context.with_deadline(end), late)
 
         return Operation(wait, suspends=True)
 
