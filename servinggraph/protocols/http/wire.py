@@ -93,8 +93,8 @@ class _Flow(FlowControl):
 class _Bounded(HttpToolsProtocol):
     """One connection. `max_header_bytes` and `stall_s` are set by `bounded_protocol`."""
 
-    max_header_bytes = 0
-    stall_s = STALL_S
+    max_header_bytes: int
+    stall_s: float
 
     _open = True  # a request has begun, or the first is awaited, and is not complete
     _in_head = True
@@ -134,10 +134,11 @@ class _Bounded(HttpToolsProtocol):
             try:
                 self.parser.feed_data(data)
             except httptools.HttpParserUpgrade as upgrade:
-                # Not taken up: the connection goes on with HTTP/1.1 (RFC 9110 §7.8).
-                data = data[upgrade.args[0] :]
-                if data and not self._deaf:
-                    continue
+                if self.parser.get_method() == b"CONNECT":
+                    self._refuse(400, "CONNECT is for proxies, and this is none")
+                    return
+                data = self._without_upgrade() + data[upgrade.args[0] :]
+                continue
             except httptools.HttpParserError:
                 self.send_400_response("Invalid HTTP request received.")
                 return
@@ -156,6 +157,8 @@ class _Bounded(HttpToolsProtocol):
         # What arrived may hold a part of the body; only then is the head itself measured.
         if arrived > self.max_header_bytes and self._head_size() > self.max_header_bytes:
             raise ValueError("head too large")  # llhttp stops, and send_400_response is called
+        if self.parser.should_upgrade():
+            return  # begins again without the upgrade; see `data_received`
         super().on_headers_complete()
         self.headers = []  # trailers end here, and not among the headers (RFC 9110 §6.5.1)
         if not self.pipeline:
@@ -176,7 +179,8 @@ class _Bounded(HttpToolsProtocol):
         self._in_head = True
         if self._stall is not None:
             self._forget_progress()
-        super().on_message_complete()
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
 
     def on_response_complete(self) -> None:
         self.transport.flush()  # type: ignore[attr-defined]  # a head without a body: the answer to HEAD
@@ -186,6 +190,23 @@ class _Bounded(HttpToolsProtocol):
             self.transport.write(self._last_words)
             self.transport.close()
         super().on_response_complete()
+
+    def _without_upgrade(self) -> bytes:
+        """Return the head that was just read as one that asks for no upgrade, and a parser for it.
+
+        An upgrade may be ignored (RFC 9110 §7.8), but llhttp then takes the body for the new
+        protocol. Java's HTTP client asks for h2c with every first request, those with a body too.
+        """
+        lines = [self.parser.get_method() + b" " + self.url + b" HTTP/1.1"]
+        for name, value in self.headers:
+            if name == b"connection" and b"close" not in value.lower():
+                continue
+            if name not in (b"upgrade", b"http2-settings"):
+                lines.append(name + b": " + (b"close" if name == b"connection" else value))
+        self.parser = httptools.HttpRequestParser(self)
+        if hasattr(self.parser, "set_dangerous_leniencies"):  # as uvicorn sets it; httptools from 0.6.3 on
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        return b"\r\n".join(lines) + b"\r\n\r\n"
 
     def send_400_response(self, msg: str) -> None:
         if not self._in_head and self._head_size() > self.max_header_bytes:
@@ -274,11 +295,6 @@ class _Bounded(HttpToolsProtocol):
         self.transport.close()
 
 
-def bounded_protocol(max_header_bytes: int, stall_s: float = STALL_S) -> type[HttpToolsProtocol]:
-    """Return a protocol class that refuses a request line and headers of more than `max_header_bytes`.
-
-    Args:
-        max_header_bytes: limit of a head, and of trailers.
-        stall_s: time for a head to be complete, and between two parts of a body.
-    """
-    return type("BoundedHttpToolsProtocol", (_Bounded,), {"max_header_bytes": max_header_bytes, "stall_s": stall_s})
+def bounded_protocol(max_header_bytes: int) -> type[HttpToolsProtocol]:
+    """Return a protocol class that refuses a request line and headers, or trailers, of more than `max_header_bytes`."""
+    return type("BoundedHttpToolsProtocol", (_Bounded,), {"max_header_bytes": max_header_bytes, "stall_s": STALL_S})

@@ -45,13 +45,14 @@ def parse_json(text: bytes) -> Any:
     """
     try:
         return orjson.loads(text)
-    except orjson.JSONDecodeError:
+    except orjson.JSONDecodeError as strict:
+        reason: Exception = strict
         if _NOT_STRICT_JSON.search(text):
             try:
                 return _parse_tokens(text)
-            except (ValueError, RecursionError) as second:
-                error = second
-        raise InvalidRequest(f"failed to parse the request JSON buffer: {error}") from None
+            except (ValueError, RecursionError) as error:
+                reason = error
+        raise InvalidRequest(f"failed to parse the request JSON buffer: {reason}") from None
 
 
 def shown(value: Any) -> str:
