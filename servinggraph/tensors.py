@@ -53,10 +53,10 @@ _NAMES: Final[dict[np.dtype[Any], str]] = {dtype: name for name, dtype in DATATY
 def datatype_of(array: Array) -> str | None:
     """Return the V2 datatype of an array, or None when V2 has none for its dtype.
 
-    Fixed-width text (`<U5`, `S5`) counts as BYTES.
+    numpy's own text (`<U5`, `S5`, `StringDType`) counts as BYTES.
     """
     name = _NAMES.get(array.dtype)
-    if name is None and array.dtype.kind in "US":
+    if name is None and array.dtype.kind in "UST":
         return "BYTES"
     return name
 
@@ -104,6 +104,8 @@ class Signature:
 
 def fits_shape(shape: Sequence[int], declared: Shape) -> bool:
     """Tell whether a concrete shape fits a declared one, in which -1 is any size."""
+    if shape == declared or (len(shape) == len(declared) and shape[1:] == declared[1:] and declared[0] == -1):
+        return True  # nearly always: only the first axis, the batch, is free
     if len(shape) != len(declared):
         return False
     for size, expected in zip(shape, declared, strict=True):  # noqa: SIM110  (all() costs twice as much here)

@@ -9,14 +9,18 @@ given by `Config(http=...)`. Source of the order of answers: RFC 9112 §9.3.2, �
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any, Final
 
 import httptools
 import orjson
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-__all__ = ["bounded_protocol"]
+__all__ = ["REPLY", "STATUS_LINE", "bounded_protocol"]
+
+REPLY: Final = "servinggraph.reply"
+"""Name, in an ASGI scope's `extensions`, of the callable that sends a whole response at once."""
 
 MAX_PIPELINED: Final = 16
 """Requests that may wait behind one that runs; with more, the connection is not read any further."""
@@ -104,11 +108,16 @@ class _Bounded(HttpToolsProtocol):
     _running: RequestResponseCycle | None = None
     _last_words: bytes | None = None  # a refusal that waits for the answers before it
     _stall: asyncio.TimerHandle | None = None
+    _idle_timer: asyncio.TimerHandle | None = None
+    _idle_since = 0.0
+    _default_list: list[tuple[bytes, bytes]] | None = None
+    _default_fields = b""
     _began_at = 0.0
     _moved_at = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         super().connection_made(transport)
+        self._plain_transport = transport
         self.transport = _OneWrite(transport, self)  # type: ignore[assignment]  # a transport in all that is used of it
         self.flow = _Flow(transport, self.pipeline)
         self._watch_progress()
@@ -163,6 +172,38 @@ class _Bounded(HttpToolsProtocol):
         self.headers = []  # trailers end here, and not among the headers (RFC 9110 §6.5.1)
         if not self.pipeline:
             self._running = self.cycle
+        self.scope["extensions"] = {REPLY: partial(self.reply, self.cycle)}  # type: ignore[typeddict-item]  # ours
+
+    def reply(self, cycle: RequestResponseCycle, head: bytes, body: bytes) -> bool:
+        """Send a whole response at once: what two ASGI messages do, without taking them apart again.
+
+        Args:
+            cycle: the request.
+            head: status line and headers, content-length among them, each line with its end.
+            body: the body.
+
+        Returns:
+            False when it was not sent, because the client has to read first: use ASGI's way.
+        """
+        if cycle.disconnected:
+            return True
+        if self.flow.write_paused or cycle.response_started:
+            return False
+        if self.server_state.default_headers is not self._default_list:  # uvicorn makes it anew each second
+            self._default_list = self.server_state.default_headers
+            self._default_fields = b"".join(name + b": " + value + b"\r\n" for name, value in self._default_list)
+        end = b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n"
+        cycle.response_started = cycle.response_complete = True
+        cycle.waiting_for_100_continue = False
+        cycle.message_event.set()
+        if len(body) < _JOINED_BYTES:
+            self._plain_transport.write(b"".join((head, self._default_fields, end, body)))
+        else:
+            self._plain_transport.writelines((head, self._default_fields, end, body))
+        if not cycle.keep_alive:
+            self.transport.close()
+        cycle.on_response()
+        return True
 
     def on_body(self, body: bytes) -> None:
         self._quiet_bytes = 0

@@ -1,0 +1,240 @@
+"""The front ends that the conformance suite runs through, all with the same three doors.
+
+A new front end (gRPC, Kafka) is a class with `open` here and one line in `FRONT_ENDS`.
+A wire's status is turned back into the error type, so that a test states the rule.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Protocol
+
+import numpy as np
+
+from servinggraph import Graph, InvalidRequest, ServingGraphError
+from servinggraph.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    GraphNotFound,
+    LimitExceeded,
+    RequestTooLarge,
+    StepFailed,
+    Unavailable,
+    Unsupported,
+)
+from servinggraph.interfaces import FrontEndOptions
+from servinggraph.lifecycle import Admission, Catalog
+from servinggraph.messages import InferenceResponse
+from servinggraph.protocols.http.server import HttpFrontEnd
+from servinggraph.protocols.v2.client import decode_response, encode_request
+from servinggraph.tensors import datatype_of
+from servinggraph.testing import AsyncMock
+
+ERRORS = {
+    400: InvalidRequest, 404: GraphNotFound, 413: RequestTooLarge, 499: Cancelled,
+    500: StepFailed, 501: Unsupported, 503: Unavailable, 504: DeadlineExceeded,
+}  # fmt: skip
+
+
+class Client(Protocol):
+    """What a conformance test has."""
+
+    async def infer(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        id: str = "",
+        parameters: Mapping[str, Any] | None = None,
+        outputs: Sequence[str] = (),
+        timeout_s: float | None = None,
+        model: str | None = None,
+        version: str = "",
+        twice: str | None = None,
+    ) -> InferenceResponse:
+        """Send one request. `twice` names an input that is sent two times."""
+        ...
+
+    @property
+    def in_flight(self) -> int: ...
+
+
+class FrontEnd(Protocol):
+    """A way to reach a graph."""
+
+    def open(self, graph: Graph, **limits: Any) -> AbstractAsyncContextManager[Client]: ...
+
+
+Send = Callable[[str, bytes, dict[str, str]], Any]
+
+
+class V2Client:
+    """Speaks V2 over whatever carries a path, a body and headers there, and a status, headers and a body back."""
+
+    def __init__(self, send: Send, model: str, in_flight: Callable[[], int], *, binary: bool) -> None:
+        self._send = send
+        self._model = model
+        self._in_flight = in_flight
+        self._binary = binary
+
+    @property
+    def in_flight(self) -> int:
+        return self._in_flight()
+
+    async def infer(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        id: str = "",
+        parameters: Mapping[str, Any] | None = None,
+        outputs: Sequence[str] = (),
+        timeout_s: float | None = None,
+        model: str | None = None,
+        version: str = "",
+        twice: str | None = None,
+    ) -> InferenceResponse:
+        headers: dict[str, str] = {}
+        if timeout_s is not None:
+            headers["x-request-timeout-ms"] = str(timeout_s * 1e3)
+        if self._binary:
+            body, length = encode_request(inputs, id, parameters, outputs)
+            if twice:
+                document = json.loads(body[:length])
+                again = next(entry for entry in document["inputs"] if entry["name"] == twice)
+                document["inputs"].append(again)
+                text = json.dumps(document).encode()
+                body, length = text + body[length:] + inputs[twice].tobytes(), len(text)
+            headers["inference-header-content-length"] = str(length)
+        else:
+            body = json.dumps(_document(inputs, id, parameters, outputs, twice)).encode()
+        path = f"/v2/models/{model or self._model}" + (f"/versions/{version}" if version else "") + "/infer"
+        status, answer_headers, answer = await self._send(path, body, headers)
+        if status != 200:
+            text = json.loads(answer)["error"]
+            kind = LimitExceeded if status == 503 and "(limit '" in text else ERRORS[status]
+            raise kind(text)
+        size = answer_headers.get("inference-header-content-length")
+        return decode_response(answer, None if size is None else int(size))
+
+
+def _document(
+    inputs: Mapping[str, Any], id: str, parameters: Mapping[str, Any] | None, outputs: Sequence[str], twice: str | None
+) -> dict[str, Any]:
+    entries = []
+    for name, array in inputs.items():
+        datatype = datatype_of(array)
+        data = [item.decode() if isinstance(item, bytes) else item for item in array.ravel().tolist()]
+        entries.append({"name": name, "datatype": datatype, "shape": array.shape, "data": data})
+    if twice:
+        entries.append(next(entry for entry in entries if entry["name"] == twice))
+    document: dict[str, Any] = {"inputs": entries, "parameters": dict(parameters or {})}
+    if id:
+        document["id"] = id
+    if outputs:
+        document["outputs"] = [{"name": name} for name in outputs]
+    return document
+
+
+class Mock:
+    """The mock server, by `infer` and where that has no word for it by `request`."""
+
+    def __init__(self, *, by_request: bool = False, binary: bool = True) -> None:
+        self._by_request = by_request
+        self._binary = binary
+
+    @asynccontextmanager
+    async def open(self, graph: Graph, **limits: Any) -> AsyncIterator[Client]:
+        async with graph.mock(**limits) as server:
+
+            async def send(path: str, body: bytes, headers: dict[str, str]) -> Any:
+                return await server.request("POST", path, body, headers)
+
+            over_request = V2Client(send, graph.name, lambda: server.in_flight, binary=self._binary)
+            yield over_request if self._by_request else _MockInfer(server, over_request)
+
+
+class _MockInfer:
+    def __init__(self, server: AsyncMock, over_request: V2Client) -> None:
+        self._server = server
+        self._over_request = over_request
+
+    @property
+    def in_flight(self) -> int:
+        return self._server.in_flight
+
+    async def infer(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        model: str | None = None,
+        version: str = "",
+        twice: str | None = None,
+        **options: Any,
+    ) -> InferenceResponse:
+        if model or version or twice:
+            return await self._over_request.infer(inputs, model=model, version=version, twice=twice, **options)
+        try:
+            return await self._server.infer(inputs, **options)
+        except ServingGraphError as error:
+            error.message = str(error)  # as it goes over a wire
+            raise
+
+
+class Http:
+    """HTTP over a socket, on the test's own event loop."""
+
+    def __init__(self, *, binary: bool) -> None:
+        self._binary = binary
+
+    @asynccontextmanager
+    async def open(self, graph: Graph, **limits: Any) -> AsyncIterator[Client]:
+        catalog = Catalog()
+        options = FrontEndOptions(**limits)
+        admission = Admission(options.max_in_flight)
+        front_end = HttpFrontEnd(catalog, admission, options, "127.0.0.1", 0)
+        front_end.bind()
+        await catalog.load([graph.compile()])
+        await front_end.start()
+
+        async def send(path: str, body: bytes, headers: dict[str, str]) -> Any:
+            reader, writer = await asyncio.open_connection("127.0.0.1", front_end.port)
+            try:
+                lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+                writer.write(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n{lines}\r\n".encode() + body)
+                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+                fields = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:])}
+                return int(head[0].split()[1]), fields, await reader.readexactly(int(fields["content-length"]))
+            finally:
+                writer.close()
+
+        try:
+            yield V2Client(send, graph.name, lambda: admission.in_flight, binary=self._binary)
+        finally:
+            await front_end.stop(0.1)
+            await catalog.stop()
+
+
+FRONT_ENDS: dict[str, FrontEnd] = {
+    "mock infer": Mock(),
+    "mock json": Mock(by_request=True, binary=False),
+    "mock binary": Mock(by_request=True, binary=True),
+    "http json": Http(binary=False),
+    "http binary": Http(binary=True),
+}
+
+
+def same(expected: Any, got: Any) -> bool:
+    """Tell whether two arrays have the same datatype, shape and bits (not-a-number included)."""
+    if datatype_of(expected) != datatype_of(got) or expected.shape != got.shape:
+        return False
+    if datatype_of(expected) == "BYTES":
+        return _as_bytes(expected) == _as_bytes(got)
+    return bool(
+        np.array_equal(np.isnan(expected), np.isnan(got)) and np.array_equal(expected[expected == expected], got[got == got])
+    )  # noqa: PLR0124  (not-a-number differs from itself)
+
+
+def _as_bytes(array: Any) -> list[bytes]:
+    return [item.encode() if isinstance(item, str) else item for item in array.ravel().tolist()]
