@@ -27,7 +27,8 @@ def group_key(tensors: Mapping[str, Array]) -> Hashable:
 
 def join(values: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
     """Concatenate the tensors of several values along the first axis; their names are equal."""
-    return {name: np.concatenate([value[name] for value in values]) for name in values[0]}
+    # The datatype is said, because concatenation alone would change the byte order to the machine's.
+    return {name: np.concatenate([value[name] for value in values], dtype=array.dtype) for name, array in values[0].items()}
 
 
 def join_results(results: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
