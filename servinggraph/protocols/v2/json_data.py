@@ -135,7 +135,8 @@ def encode_data(name: str, datatype: str, array: Array) -> Any:
     """Return an output's elements, flat and row-major, as something that orjson can write.
 
     Raises:
-        StepFailed: a BYTES element is neither text nor UTF-8, which JSON cannot carry.
+        StepFailed: a BYTES element is neither text nor bytes.
+        InvalidRequest: it is not UTF-8; the caller has to ask for binary data then.
     """
     if datatype == "BYTES":
         return [_text(name, item) for item in array.ravel().tolist()]
@@ -238,7 +239,7 @@ def _text(name: str, item: Any) -> str:
     try:
         return item.decode()
     except UnicodeDecodeError:
-        raise StepFailed(
+        raise InvalidRequest(
             f"output '{name}' has an element that is not UTF-8, which JSON cannot carry: "
             'ask for it as binary data (parameters: {"binary_data": true})'
         ) from None
