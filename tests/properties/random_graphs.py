@@ -19,6 +19,7 @@ from servinggraph import Graph, routers
 from servinggraph.interfaces import NodeSketch, RowErrors
 
 FAILING = ("raise", "exit", "cancelled", "stop iteration", "row error", "few rows")
+_RAISED = {"raise": ValueError, "exit": SystemExit, "cancelled": asyncio.CancelledError, "stop iteration": StopIteration}
 MODES = ("sync", "async", "thread")
 
 
@@ -222,55 +223,47 @@ def _step(work: Work, output: str, release: Release) -> NodeSketch:
 
 
 def _function(work: Work, output: str, release: Release) -> Callable[..., Any]:
-    def compute(value: Any, fault: tuple[str, Any] | None) -> Any:
-        arrays = list(value.values())
-        numbers = sum(array[:, 1] for array in arrays) * work.factor + work.addend
-        result = {output: np.stack([arrays[0][:, 0], numbers], axis=1)}
-        if fault is None:
-            return result
-        kind, rows = fault
-        if kind == "raise":
-            raise ValueError("injected")
-        if kind == "exit":
-            raise SystemExit(3)
-        if kind == "cancelled":
-            raise asyncio.CancelledError
-        if kind == "stop iteration":
-            raise StopIteration
-        if kind == "row error":
-            return RowErrors(result, {int(row): "injected" for row in rows})
-        if kind == "few rows":
-            return {output: np.delete(result[output], rows, axis=0)}
-        return result
-
-    def fault_in(value: Any) -> tuple[str, Any] | None:
-        ids = np.rint(next(iter(value.values()))[:, 0])
-        for caller, kind in work.faults.items():
-            rows = np.flatnonzero(ids == caller)
-            if len(rows):
-                return kind, rows
-        return None
-
     if work.mode == "async":
 
         async def suspend(value: Any) -> Any:
-            fault = fault_in(value)
-            if fault is not None and fault[0] == "hang":
+            kind, rows = _fault_in(work, value)
+            if kind == "hang":
                 await asyncio.Event().wait()
-            await asyncio.sleep(0.007 if fault is not None and fault[0] == "slow" else 0)
-            if fault is not None and fault[0] == "stop iteration":
-                fault = ("raise", fault[1])
-            return compute(value, fault)
+            await asyncio.sleep(0.007 if kind == "slow" else 0)
+            return _computed(work, output, value, kind, rows)
 
         return suspend
 
     def block(value: Any) -> Any:
-        fault = fault_in(value)
-        if work.mode == "thread" and fault is not None and fault[0] == "hang":
+        kind, rows = _fault_in(work, value)
+        if work.mode == "thread" and kind == "hang":
             release.event.wait(30)
-        return compute(value, fault)
+        return _computed(work, output, value, kind, rows)
 
     return block
+
+
+def _fault_in(work: Work, value: Mapping[str, Any]) -> tuple[str, Any]:
+    """Return what is to go wrong with a value, and for which of its rows."""
+    ids = np.rint(next(iter(value.values()))[:, 0])
+    for caller, kind in work.faults.items():
+        rows = np.flatnonzero(ids == caller)
+        if len(rows):
+            return kind, rows
+    return "", ()
+
+
+def _computed(work: Work, output: str, value: Mapping[str, Any], kind: str, rows: Any) -> Any:
+    if kind in _RAISED:
+        raise _RAISED[kind]()
+    arrays = list(value.values())
+    numbers = sum(array[:, 1] for array in arrays) * work.factor + work.addend
+    result = {output: np.stack([arrays[0][:, 0], numbers], axis=1)}
+    if kind == "row error":
+        return RowErrors(result, {int(row): "injected" for row in rows})
+    if kind == "few rows":
+        return {output: np.delete(result[output], rows, axis=0)}
+    return result
 
 
 def expected(case: Case, caller: Caller, answered: Mapping[str, Any]) -> np.ndarray:
