@@ -172,7 +172,7 @@ class _Bounded(HttpToolsProtocol):
         self.headers = []  # trailers end here, and not among the headers (RFC 9110 §6.5.1)
         if not self.pipeline:
             self._running = self.cycle
-        self.scope["extensions"] = {REPLY: partial(self.reply, self.cycle)}  # type: ignore[typeddict-item]  # ours
+        self.scope["extensions"] = {REPLY: partial(self.reply, self.cycle)}  # type: ignore[dict-item]  # ours
 
     def reply(self, cycle: RequestResponseCycle, head: bytes, body: bytes) -> bool:
         """Send a whole response at once: what two ASGI messages do, without taking them apart again.
