@@ -60,6 +60,7 @@ class Context:
     """
 
     __slots__ = (
+        "_cancelled",
         "_on_idle",
         "_running",
         "deadline",
@@ -88,8 +89,21 @@ class Context:
         self.response_parameters: dict[str, ParameterValue] = {}
         self.priority = priority
         self.graph = graph
+        self._cancelled = False
         self._running = 0
         self._on_idle: Callable[[], None] | None = None
+
+    @property
+    def cancelled(self) -> bool:
+        """True once nobody waits for the answer any more: the caller left, or the time was up.
+
+        For a step in a thread, which cannot be interrupted, to look at between pieces of work.
+        """
+        return self._cancelled
+
+    def abandon(self) -> None:
+        """Note that nobody waits for the answer any more."""
+        self._cancelled = True
 
     def with_deadline(self, deadline: float) -> Context:
         """Return a view of this context with an earlier deadline; everything else is shared."""
@@ -130,6 +144,13 @@ class _Narrowed(Context):
         self.id, self.headers, self.parameters = whole.id, whole.headers, whole.parameters
         self.response_parameters, self.priority = whole.response_parameters, whole.priority
         self.graph, self.deadline = whole.graph, deadline
+
+    @property
+    def cancelled(self) -> bool:
+        return self._whole.cancelled
+
+    def abandon(self) -> None:
+        self._whole.abandon()
 
     def begin_work(self) -> None:
         self._whole.begin_work()

@@ -98,9 +98,13 @@ class Executor:
             end = self.now() + seconds
             if context.deadline is None or end < context.deadline:
                 context.deadline = end
-        if context.deadline is None or not self._suspends:  # plain calls cannot be interrupted: they look at the deadline
-            return await self._run(value, context)
-        return await run_until(context.deadline, self._loop, self._run, value, context, "Request timeout expired")
+        try:
+            if context.deadline is None or not self._suspends:  # plain calls cannot be interrupted: they look at the deadline
+                return await self._run(value, context)
+            return await run_until(context.deadline, self._loop, self._run, value, context, "Request timeout expired")
+        except BaseException:
+            context.abandon()  # what still runs for it, in a thread say, runs in vain
+            raise
 
     def _operation(self, node: PlanNode, policies: Mapping[str, Any]) -> Operation:
         """Return a node's finished operation; branches of routers first."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from servinggraph import Context, Graph, InvalidRequest, RowErrors, signature, steps
-from servinggraph.errors import GraphInvalid, StepFailed
+from servinggraph.errors import DeadlineExceeded, GraphInvalid, StepFailed
 
 ONES = np.ones((2, 3), "f4")
 
@@ -256,3 +256,19 @@ def test_module_of_another_folder_under_the_same_name_is_refused(tmp_path):
     Graph.load(tmp_path / "one" / "g.yaml").compile()
     with pytest.raises(GraphInvalid, match="one process cannot hold both under one name"):
         Graph.load(tmp_path / "two" / "g.yaml").compile()
+
+
+def test_a_step_in_a_thread_can_see_that_nobody_waits_any_more():
+    seen = threading.Event()
+
+    def step(value, context):
+        assert not context.cancelled
+        while not context.cancelled:
+            time.sleep(0.001)
+        seen.set()
+        return value
+
+    with graph_of(step, run="thread").mock() as server:
+        with pytest.raises(DeadlineExceeded):
+            server.infer(x=ONES, timeout_s=0.02)
+        assert seen.wait(10)
