@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Hashable, Mapping
 from functools import partial
 from typing import Any
 
+from servinggraph.batching.members import Departures, Waiter, awaited, end_work, shared_context
 from servinggraph.batching.queue import BatchQueue
 from servinggraph.batching.rows import (
     Unjoinable,
@@ -41,35 +42,6 @@ _LONELY = 4
 """Batches of one request in a row after which the next request is not made to wait for company."""
 
 
-class _Waiter:
-    """One request, or one piece of a large one, on its way through a batch."""
-
-    __slots__ = ("context", "counts", "deadline", "first_row", "key", "priority", "result", "rows", "value")
-
-    def __init__(
-        self,
-        value: Mapping[str, Array],
-        rows: int,
-        key: Hashable,
-        context: Context,
-        result: asyncio.Future[Any],
-        first_row: int = 0,
-    ) -> None:
-        self.value = value
-        self.rows = rows
-        self.key = key
-        self.context = context
-        self.priority = context.priority
-        self.deadline = context.deadline
-        self.result = result
-        self.first_row = first_row  # of a piece: where it begins in its request
-        self.counts = first_row == 0
-
-    @property
-    def gone(self) -> bool:
-        return self.result.done()
-
-
 class Batcher:
     """Batches calls of one operation.
 
@@ -93,7 +65,7 @@ class Batcher:
         self._policy = policy
         self._name = name
         self._admit = admit
-        self._queue: BatchQueue[_Waiter] = BatchQueue(policy)
+        self._queue: BatchQueue[Waiter] = BatchQueue(policy)
         self._loop = asyncio.get_running_loop()
         self._running = 0
         self._instances = policy.instances
@@ -159,7 +131,7 @@ class Batcher:
             self._joined.add(joined)
             joined.add_done_callback(self._joined.discard)
             return joined
-        waiter = _Waiter(value, rows, key, context, result)
+        waiter = Waiter(value, rows, key, context, result)
         if (
             self._lone_turns >= _LONELY
             and not self._wait_when_idle
@@ -209,7 +181,7 @@ class Batcher:
                 stop = min(start + self._max_rows, rows)
                 piece = self._loop.create_future()
                 queued.append(piece)
-                self._put(_Waiter(slice_rows(value, start, stop), stop - start, key, context, piece, start))
+                self._put(Waiter(slice_rows(value, start, stop), stop - start, key, context, piece, start))
             while queued:
                 results.append(await queued.popleft())
         finally:
@@ -223,7 +195,7 @@ class Batcher:
                 self._name
             ) from None
 
-    def _put(self, waiter: _Waiter) -> None:
+    def _put(self, waiter: Waiter) -> None:
         if self._closed:
             self._fail([waiter], Unavailable("is shutting down"))
             return
@@ -285,7 +257,7 @@ class Batcher:
             if moment is not None and (self._timer is None or moment < self._timer.when()):
                 self._set_timer(moment)
 
-    def _refuse(self, waiter: _Waiter, now: float) -> None:
+    def _refuse(self, waiter: Waiter, now: float) -> None:
         if waiter.deadline is not None and waiter.deadline <= now:
             error: ServingGraphError = DeadlineExceeded("Request timeout expired while it waited for a batch")
         else:
@@ -293,7 +265,7 @@ class Batcher:
             error = Unavailable(f"Request timeout expired: it waited for a batch too long ({limit})")
         self._fail([waiter], error)
 
-    def _start(self, batch: list[_Waiter]) -> None:
+    def _start(self, batch: list[Waiter]) -> None:
         single = len(batch) == 1
         value: Any = batch[0].value
         rows = batch[0].rows
@@ -302,7 +274,7 @@ class Batcher:
             if not single:
                 value = join([waiter.value for waiter in batch])
                 rows = sum(waiter.rows for waiter in batch)
-                context = _shared_context(batch)
+                context = shared_context(batch)
             if self._pad_to is not None and 0 < rows < self._pad_to[-1]:
                 size = next(size for size in self._pad_to if size >= rows)
                 if size > rows:
@@ -320,14 +292,14 @@ class Batcher:
             return
         self._finish(batch, rows, context, result)
 
-    def _watch(self, awaitable: Awaitable[Any], batch: list[_Waiter], rows: int, context: Context) -> None:
+    def _watch(self, awaitable: Awaitable[Any], batch: list[Waiter], rows: int, context: Context) -> None:
         """Have `_done` called when a batch under way has ended."""
         left: Callable[[asyncio.Future[Any]], None] | None = None
         if isinstance(awaitable, asyncio.Future):
             running: asyncio.Future[Any] = awaitable
         else:
-            running = self._loop.create_task(_awaited(awaitable))
-            left = _Left(running, len(batch))
+            running = self._loop.create_task(awaited(awaitable))
+            left = Departures(running, len(batch))
             for waiter in batch:
                 waiter.result.add_done_callback(left)
         self._running += 1
@@ -339,7 +311,7 @@ class Batcher:
 
     def _done(
         self,
-        batch: list[_Waiter],
+        batch: list[Waiter],
         rows: int,
         context: Context,
         left: Callable[[asyncio.Future[Any]], None] | None,
@@ -353,7 +325,7 @@ class Batcher:
         if context is batch[0].context:
             context.end_work()
         else:  # a thread that the batch began may run on although the batch was cancelled
-            context.when_idle(partial(_end_work, batch))
+            context.when_idle(partial(end_work, batch))
         if done.cancelled():
             self._failed(batch, StepFailed("the batch was cancelled"))
         elif (error := done.exception()) is not None:
@@ -362,7 +334,7 @@ class Batcher:
             self._finish(batch, rows, context, done.result())
         self._pump()
 
-    def _finish(self, batch: list[_Waiter], rows: int, context: Context, result: Any) -> None:
+    def _finish(self, batch: list[Waiter], rows: int, context: Context, result: Any) -> None:
         """Hand each member its rows of a batch's result."""
         errors: Mapping[int, str | BaseException] = {}
         try:
@@ -416,7 +388,7 @@ class Batcher:
             return error.copy().at(self._name)
         return StepFailed.because_of(error, place).at(self._name)
 
-    def _failed(self, batch: list[_Waiter], error: BaseException) -> None:
+    def _failed(self, batch: list[Waiter], error: BaseException) -> None:
         """Answer a batch whose run failed: run members again alone, or fail them all."""
         if self._abandoned:
             self._fail(batch, Unavailable("is shutting down"))
@@ -425,7 +397,7 @@ class Batcher:
         else:
             self._fail(batch, error)
 
-    def _run_alone(self, waiters: list[_Waiter]) -> None:
+    def _run_alone(self, waiters: list[Waiter]) -> None:
         # One after the other, behind whatever runs: a failing batch must not multiply the load.
         now = self._loop.time()
         for waiter in waiters:
@@ -434,45 +406,7 @@ class Batcher:
             self._queue.put_back(waiter, now)
         self._pump_soon()
 
-    def _fail(self, batch: list[_Waiter], error: BaseException) -> None:
+    def _fail(self, batch: list[Waiter], error: BaseException) -> None:
         for waiter in batch:
             if not waiter.result.done():
                 waiter.result.set_exception(self._error(error))
-
-
-class _Left:
-    """Cancels a batch when the last of its members has gone: nobody waits for its result."""
-
-    __slots__ = ("_members", "_running")
-
-    def __init__(self, running: asyncio.Future[Any], members: int) -> None:
-        self._running = running
-        self._members = members
-
-    def __call__(self, result: asyncio.Future[Any]) -> None:
-        self._members -= 1
-        if self._members == 0:
-            self._running.cancel()
-
-
-def _end_work(batch: list[_Waiter]) -> None:
-    for waiter in batch:
-        waiter.context.end_work()
-
-
-def _shared_context(batch: list[_Waiter]) -> Context:
-    """Return the context of several members' run: worthless only when it is so for all of them."""
-    deadline: float | None = 0.0
-    for waiter in batch:
-        if waiter.deadline is None:
-            deadline = None
-            break
-        deadline = max(deadline or 0.0, waiter.deadline)
-    return Context(graph=batch[0].context.graph, deadline=deadline)
-
-
-async def _awaited(awaitable: Awaitable[Any]) -> Any:
-    try:
-        return await awaitable
-    except SystemExit as error:  # a task would let it through to the event loop, which then ends
-        raise StepFailed.because_of(error) from error
