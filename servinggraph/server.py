@@ -128,8 +128,8 @@ def _spare_the_collector() -> None:
     """Keep the garbage collector away from what lives as long as the process, and from most requests.
 
     A request leaves no cycles behind; with Python's default of one collection for every 700
-    new containers a server under load runs one about every tenth request (5 % of the time,
-    loadtests/README.md).
+    new containers a server under load runs one about every tenth request, which was measured
+    as 5 % of the work of a request (iris, 32 at once, 34.3 against 32.4 us without sockets).
     """
     gc.collect()
     gc.freeze()
