@@ -171,8 +171,10 @@ CASES = {
         ],
     ),
     "batching whole requests without a free axis": (
-        "graph: g\nbatch: {max_rows: 4}\ninputs: {x: {datatype: FP32, shape: [4]}}\nnodes:\n"
-        "  a: {step: python, call: broken_graph_steps:clean}\nanswer: a\n",
+        (
+            "graph: g\nbatch: {max_rows: 4}\ninputs: {x: {datatype: FP32, shape: [4]}}\nnodes:\n"
+            "  a: {step: python, call: broken_graph_steps:clean}\nanswer: a\n"
+        ),
         ["g.yaml:2: 'batch' joins requests by their first axis, and that of input 'x' is not free"],
     ),
     "a device that is not there": (

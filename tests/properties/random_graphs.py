@@ -255,7 +255,7 @@ def _fault_in(work: Work, value: Mapping[str, Any]) -> tuple[str, Any]:
 
 def _computed(work: Work, output: str, value: Mapping[str, Any], kind: str, rows: Any) -> Any:
     if kind in _RAISED:
-        raise _RAISED[kind]()
+        raise _RAISED[kind]
     arrays = list(value.values())
     numbers = sum(array[:, 1] for array in arrays) * work.factor + work.addend
     result = {output: np.stack([arrays[0][:, 0], numbers], axis=1)}
