@@ -93,9 +93,11 @@ class Catalog:
             ServingGraphError: one failed to load; those that did load are stopped again.
         """
         graphs = [ServedGraph(plan, Executor(plan)) for plan in plans]
-        for graph in graphs:
+        for at, graph in enumerate(graphs):
             versions = self._graphs.setdefault(graph.plan.name, {})
             if graph.plan.version in versions:
+                for added in graphs[:at]:
+                    self._remove(added)
                 raise Unavailable(f"graph '{graph.plan.name}' version {graph.plan.version} is there twice")
             versions[graph.plan.version] = graph
         results = await asyncio.gather(*(graph.executor.start() for graph in graphs), return_exceptions=True)
@@ -103,13 +105,18 @@ class Catalog:
         for graph, result in zip(graphs, results, strict=True):
             graph.ready = result is None
         if failures:
-            await self.stop()
+            await self._stop([graph for graph in graphs if graph.ready])
+            for graph in graphs:
+                self._remove(graph)
+            self._changed()
             raise failures[0]
         self._changed()
 
     async def stop(self) -> None:
         """Stop all graphs: running batches end, what waits is refused, steps are unloaded."""
-        started = [graph for graph in self.graphs() if graph.ready]
+        await self._stop([graph for graph in self.graphs() if graph.ready])
+
+    async def _stop(self, started: Sequence[ServedGraph]) -> None:
         for graph in started:
             graph.ready = False
         self._changed()
@@ -117,6 +124,12 @@ class Catalog:
         for graph, result in zip(started, results, strict=True):
             if isinstance(result, BaseException):
                 logger.error("graph '%s' did not stop cleanly: %s", graph.plan.name, result)
+
+    def _remove(self, graph: ServedGraph) -> None:
+        versions = self._graphs[graph.plan.name]
+        del versions[graph.plan.version]
+        if not versions:
+            del self._graphs[graph.plan.name]
 
     def graphs(self) -> list[ServedGraph]:
         """Return every version of every graph, in order of name and version."""

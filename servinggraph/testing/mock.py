@@ -20,7 +20,8 @@ from servinggraph.messages import InferenceResponse
 from servinggraph.plan import Plan
 from servinggraph.protocols.http.server import make_asgi
 from servinggraph.protocols.v2.client import decode_response, encode_request
-from servinggraph.tensors import DATATYPES, Array, TensorSpec
+from servinggraph.protocols.v2.json_data import decode_data
+from servinggraph.tensors import Array, TensorSpec
 from servinggraph.testing.fakes import constant
 
 __all__ = ["AsyncMock", "HttpReply", "MockServer", "SyncMock"]
@@ -177,20 +178,52 @@ class AsyncMock:
             "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80),
         }  # fmt: skip
         # A task of its own: a request that is cancelled must not cancel the test.
-        await asyncio.ensure_future(self._asgi(scope, receive, send))
+        task = asyncio.ensure_future(self._asgi(scope, receive, send))
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            # The test gave up: the client is gone, and its work ends before the test goes on.
+            task.cancel()
+            await asyncio.wait([task])
+            raise
         start, *parts = sent
         answer_headers = {name.decode().lower(): text.decode() for name, text in start["headers"]}
         return HttpReply(start["status"], answer_headers, b"".join(part.get("body", b"") for part in parts))
 
     def _array(self, name: str, given: Any) -> Array:
+        """Return what a test gave as an array; lists and plain values by the rules of JSON data."""
         if isinstance(given, np.ndarray):
             return given
         spec = self._plan.inputs.get(name, TensorSpec())
-        dtype = DATATYPES[spec.datatype] if spec.datatype else None
-        try:
-            return np.asarray(given, dtype=dtype)
-        except (TypeError, ValueError) as error:
-            raise InvalidRequest(f"input '{name}' cannot be made an array of {spec.datatype}: {error}") from error
+        if isinstance(given, np.generic) or spec.datatype is None:
+            return np.asarray(given)
+        shape, flat = _unnested(name, given)
+        if spec.datatype != "BYTES":
+            return decode_data(name, spec.datatype, shape, flat)
+        # Text as JSON has it, and raw bytes, which it has not.
+        array = decode_data(name, "BYTES", shape, ["" if isinstance(item, bytes) else item for item in flat])
+        elements = array.reshape(-1)
+        for index, item in enumerate(flat):
+            if isinstance(item, bytes):
+                elements[index] = item
+        return array
+
+
+def _unnested(name: str, given: Any) -> tuple[tuple[int, ...], list[Any]]:
+    """Return the shape and the elements of nested sequences.
+
+    Raises:
+        InvalidRequest: they are ragged.
+    """
+    if isinstance(given, np.ndarray | np.generic):
+        given = given.tolist()
+    if not isinstance(given, list | tuple):
+        return (), [given]
+    parts = [_unnested(name, item) for item in given]
+    shapes = {shape for shape, _ in parts}
+    if len(shapes) > 1:
+        raise InvalidRequest(f"input '{name}' is ragged: its parts have shapes {sorted(map(list, shapes))}")
+    return (len(given), *next(iter(shapes), ())), [item for _, flat in parts for item in flat]
 
 
 class SyncMock:

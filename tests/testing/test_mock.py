@@ -1,0 +1,201 @@
+"""The mock server: the production path without ports, sync and async."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+
+import numpy as np
+import pytest
+
+from servinggraph import Graph, InvalidRequest, routers
+from servinggraph.errors import GraphInvalid, LimitExceeded, StepFailed
+from servinggraph.testing import FakeModel
+
+X = np.ones((2, 1), np.float32)
+
+
+def double(value):
+    return {"y": value["x"] * 2}
+
+
+def a_graph(work=double, datatype="FP32", shape=(-1, 1)):
+    return Graph("g", {"x": (datatype, list(shape))}).to(work, "model").respond()
+
+
+def test_a_test_without_asyncio_gets_arrays():
+    with a_graph().mock() as server:
+        reply = server.infer(x=X, id="r", parameters={"p": 1})
+
+        assert [[2], [2]] == reply.outputs["y"].tolist()
+        assert ("g", "1", "r") == (reply.model, reply.version, reply.id)
+        assert 0 == server.in_flight
+
+
+def test_an_asyncio_test_gets_the_same():
+    async def check():
+        async with a_graph().mock() as server:
+            assert [[2], [2]] == (await server.infer({"x": X})).outputs["y"].tolist()
+
+    asyncio.run(check())
+
+
+def test_threads_may_share_a_server():
+    with a_graph().mock() as server:
+        sums = []
+        threads = [threading.Thread(target=lambda n=n: sums.append(server.infer(x=X * n).outputs["y"].sum())) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    assert [4.0 * n for n in range(8)] == sorted(sums)
+
+
+def test_a_node_is_replaced_by_a_function_by_tensors_or_by_a_fake():
+    graph = a_graph()
+    with graph.mock(replace={"model": lambda value: {"y": value["x"] + 10}}) as server:
+        assert [[11], [11]] == server.infer(x=X).outputs["y"].tolist()
+    with graph.mock(replace={"model": {"y": [1, 2, 3]}}) as server:
+        assert [1, 2, 3] == server.infer(x=X).outputs["y"].tolist()
+    fake = FakeModel({"y": np.array([7])})
+    with graph.mock(replace={"model": fake}) as server:
+        assert [7, 7] == server.infer(x=X).outputs["y"].tolist()
+        assert [[1], [1]] == fake.calls[0]["x"].tolist()
+
+
+def test_a_branch_of_a_router_is_replaced_by_its_full_name():
+    graph = Graph("g", {"x": ("FP32", [-1, 1])})
+    graph.to(routers.Ensemble({"a": double, "b": double}, combine="mean"), "score").respond()
+    with graph.mock(replace={"score.b": {"y": np.float32([[4], [4]])}}) as server:
+        assert [[3], [3]] == server.infer(x=X).outputs["y"].tolist()
+
+
+def test_a_node_that_is_not_there_cannot_be_replaced():
+    with pytest.raises(GraphInvalid, match="no node 'modle' to replace; did you mean 'model'"):
+        a_graph().mock(replace={"modle": {}})
+
+
+def test_limits_are_the_servers_own():
+    async def check():
+        async with a_graph(FakeModel({"y": [0]}, delay_s=60)).mock(max_in_flight=1) as server:
+            first = asyncio.ensure_future(server.infer(x=X))
+            while server.in_flight == 0:
+                await asyncio.sleep(0)
+            with pytest.raises(LimitExceeded, match="'max_in_flight' = 1"):
+                await server.infer(x=X)
+            first.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await first
+            assert 0 == server.in_flight
+
+    asyncio.run(check())
+
+
+def test_the_cause_of_a_failure_is_the_step_s_own_error():
+    error = KeyError("amount")
+    graph = a_graph(FakeModel(error=error))
+    with graph.mock() as server, pytest.raises(StepFailed, match="node 'model': KeyError") as info:
+        server.infer(x=X)
+
+    assert error is info.value.__cause__
+
+
+def test_a_request_as_bytes_goes_the_way_that_serve_goes():
+    body = json.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 1], "data": [2]}]}).encode()
+    with a_graph().mock() as server:
+        reply = server.request("POST", "/v2/models/g/infer?a=b", body)
+
+        assert (200, "application/json", [4.0]) == (
+            reply.status,
+            reply.headers["content-type"],
+            reply.json()["outputs"][0]["data"],
+        )
+        assert {"ready": True} == server.request("GET", "/v2/health/ready").json()
+        assert 404 == server.request("POST", "/v2/models/other/infer", body).status
+        assert 0 == server.in_flight
+
+
+def test_a_request_that_is_cancelled_has_ended_when_the_test_goes_on():
+    ended = []
+
+    async def wait(value):
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(True)
+
+    async def check():
+        body = json.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 1], "data": [2]}]}).encode()
+        async with a_graph(wait).mock() as server:
+            request = asyncio.ensure_future(server.request("POST", "/v2/models/g/infer", body))
+            while server.in_flight == 0:
+                await asyncio.sleep(0)
+            request.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await request
+            assert [True] == ended
+            assert 0 == server.in_flight
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize(
+    ("datatype", "shape", "given", "expected"),
+    [
+        ("FP32", [-1, 2], [[1, 2.5]], [[1, 2.5]]),
+        ("FP32", [-1], (1, 2), [1, 2]),
+        ("FP64", [], 1.5, 1.5),
+        ("INT8", [-1], [np.int8(1), np.int8(2)], [1, 2]),
+        ("FP32", [-1, 2], [np.float32([1, 2]), np.float32([3, 4])], [[1, 2], [3, 4]]),
+        ("BOOL", [-1], [True, False], [True, False]),
+        ("BYTES", [-1], ["é", b"\xff", b""], ["é".encode(), b"\xff", b""]),
+        ("BF16", [-1], [1.5], [1.5]),
+        ("FP32", [-1, 2], np.zeros((0, 2), "f4"), []),
+        ("FP32", [-1], [], []),
+    ],
+)
+def test_lists_are_made_arrays_of_the_declared_datatype(datatype, shape, given, expected):
+    with a_graph(lambda value: {"y": value["x"]}, datatype, shape).mock() as server:
+        assert expected == server.infer(x=given).outputs["y"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("datatype", "given", "text"),
+    [
+        ("INT32", [1.7], "element 0 is 1.7, expected an integer for INT32"),
+        ("UINT8", [300], "element 0 is 300, out of range for UINT8"),
+        ("FP32", ["1"], "element 0 is '1', expected a number for FP32"),
+        ("FP32", [True], "element 0 is True, expected a number for FP32"),
+        ("BOOL", [1], "element 0 is 1, expected true or false"),
+        ("BYTES", [b"a", 5], "element 1 is 5, expected text"),
+        ("FP32", [[1], [2, 3]], "input 'x' is ragged"),
+    ],
+)
+def test_lists_are_never_bent_to_the_declared_datatype(datatype, given, text):
+    with a_graph(datatype=datatype, shape=(-1,)).mock() as server, pytest.raises(InvalidRequest, match=text):
+        server.infer(x=given)
+
+
+def test_arrays_are_sent_as_they_are():
+    with a_graph().mock() as server:
+        with pytest.raises(InvalidRequest, match="data-type is 'FP64', but model 'g' expects 'FP32'"):
+            server.infer(x=X.astype(np.float64))
+        with pytest.raises(InvalidRequest, match="dtype complex128, which no V2 datatype stands for"):
+            server.infer(x=X.astype(complex))
+        with pytest.raises(InvalidRequest, match="unexpected inference input 'z'"):
+            server.infer(x=X, z=X)
+
+
+def test_a_graph_that_does_not_load_fails_the_test_and_leaves_nothing_running():
+    class Broken:
+        def load(self):
+            raise OSError("no such model")
+
+        def __call__(self, value):
+            return value
+
+    with pytest.raises(StepFailed, match="node 'model': failed to load: OSError: no such model"), a_graph(Broken).mock():
+        pass
+    assert not [thread for thread in threading.enumerate() if "portal" in thread.name.lower()]
