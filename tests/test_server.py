@@ -1,0 +1,112 @@
+"""The server on an event loop: ports, front ends, what cannot be served. A whole process is in protocols/http/test_shutdown.py."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import pytest
+
+from servinggraph import Graph
+from servinggraph.errors import GraphInvalid, StepFailed
+from servinggraph.server import CannotServe, Server, ServerOptions, new_event_loop, read_graphs
+
+GRAPH = "graph: {name}\nversion: {version}\ninputs: {{x: {{datatype: FP32, shape: [-1]}}}}\nnodes:\n  n: {{step: python, call: 'copy:copy'}}\nanswer: n\n"
+
+
+def a_plan(work=lambda value: {"y": value["x"]}):
+    return Graph("g", {"x": ("FP32", [-1])}).to(work, "n").respond().compile()
+
+
+def serve(*plans, announce=None, **options):
+    """Run a server until `announce` has stopped it."""
+    options.setdefault("http_port", 0)
+    options.setdefault("grpc_port", "off")
+
+    async def main():
+        async with asyncio.timeout(20):
+            server = Server(list(plans), ServerOptions(**options), announce or Server.stop)
+            await server.run()
+            return server
+
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(main())
+
+
+def test_a_server_announces_itself_once_it_answers_and_stops_when_told():
+    seen = []
+
+    def announce(server):
+        async def ask():
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.front_ends["http"].port)
+            writer.write(b"GET /v2 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            seen.append(await reader.read())
+            writer.close()
+            server.stop()
+
+        seen.append(asyncio.ensure_future(ask()))
+
+    serve(a_plan(), announce=announce)
+
+    assert seen[1].startswith(b"HTTP/1.1 200")
+    assert b'"name":"servinggraph","version":"' in seen[1]
+    assert b'"version":""' not in seen[1]
+
+
+def test_a_port_in_use_is_said_in_one_sentence():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(CannotServe, match=f"^cannot listen on 127.0.0.1 port {port} .http.: Address already in use$"):
+            serve(a_plan(), http_port=port)
+
+
+def test_a_server_without_front_ends_is_refused():
+    with pytest.raises(CannotServe, match="every front end is off"):
+        serve(a_plan(), http_port="off")
+
+
+def test_a_graph_that_fails_to_load_ends_the_server_and_frees_the_port():
+    class Broken:
+        def load(self):
+            raise OSError("no model")
+
+        def __call__(self, value):
+            return value
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with pytest.raises(StepFailed, match="node 'n': failed to load: OSError: no model"):
+        serve(a_plan(Broken), http_port=port)
+    with socket.socket() as again:
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        again.bind(("127.0.0.1", port))
+
+
+def test_a_folder_is_all_the_graphs_in_it(tmp_path):
+    (tmp_path / "a.yaml").write_text(GRAPH.format(name="a", version=1))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "graph.yaml").write_text(GRAPH.format(name="b", version=2))
+
+    assert [("a", "1"), ("b", "2")] == [(plan.name, plan.version) for plan in read_graphs(tmp_path)]
+
+
+def test_a_graph_that_is_there_twice_is_refused_with_both_places(tmp_path):
+    for name in ("one.yaml", "two.yaml"):
+        (tmp_path / name).write_text(GRAPH.format(name="same", version=1))
+    with pytest.raises(GraphInvalid, match=r"two.yaml.*graph 'same' version 1 is in .*one.yaml"):
+        read_graphs(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", "missing.onnx", "empty"])
+def test_a_path_that_holds_no_graph_is_refused(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(GraphInvalid, match="there is no file|holds no graph"):
+        read_graphs(tmp_path / name)
+
+
+def test_unknown_options_are_refused():
+    with pytest.raises(ValueError, match="max_inflight"):
+        ServerOptions(max_inflight=3)
