@@ -57,6 +57,8 @@ class Context:
         response_parameters: what steps add here is sent with the answer.
         priority: 1 is served first; 0 takes the batch queue's default level.
         graph: name of the graph that runs.
+        runs_again: True in a batch of several requests that run again one by one if it fails:
+            better fail than leave something out of every answer for the sake of one.
     """
 
     __slots__ = (
@@ -70,6 +72,7 @@ class Context:
         "parameters",
         "priority",
         "response_parameters",
+        "runs_again",
     )
 
     def __init__(
@@ -81,6 +84,7 @@ class Context:
         parameters: Mapping[str, ParameterValue] | None = None,
         priority: int = 0,
         graph: str = "",
+        runs_again: bool = False,
     ) -> None:
         self.id = id
         self.deadline = deadline
@@ -89,6 +93,7 @@ class Context:
         self.response_parameters: dict[str, ParameterValue] = {}
         self.priority = priority
         self.graph = graph
+        self.runs_again = runs_again
         self._cancelled = False
         self._running = 0
         self._on_idle: Callable[[], None] | None = None
@@ -109,7 +114,11 @@ class Context:
         """Return a view of this context with an earlier deadline; everything else is shared."""
         if self.deadline is not None and self.deadline <= deadline:
             return self
-        return _Narrowed(self, deadline)
+        return _View(self, deadline, self.response_parameters)
+
+    def for_piece(self) -> Context:
+        """Return a view for a piece of the request, whose response parameters stand apart."""
+        return _View(self, self.deadline, {})
 
     def begin_work(self) -> None:
         """Note that work has started which cannot be interrupted (a thread, a batch on a device)."""
@@ -134,16 +143,16 @@ class Context:
             self._on_idle = release
 
 
-class _Narrowed(Context):
-    """A context whose deadline is earlier; its bookkeeping is the original's."""
+class _View(Context):
+    """A context of which a part differs; its bookkeeping is the original's."""
 
     __slots__ = ("_whole",)
 
-    def __init__(self, whole: Context, deadline: float) -> None:
+    def __init__(self, whole: Context, deadline: float | None, response_parameters: dict[str, ParameterValue]) -> None:
         self._whole = whole
         self.id, self.headers, self.parameters = whole.id, whole.headers, whole.parameters
-        self.response_parameters, self.priority = whole.response_parameters, whole.priority
-        self.graph, self.deadline = whole.graph, deadline
+        self.priority, self.graph, self.runs_again = whole.priority, whole.graph, whole.runs_again
+        self.deadline, self.response_parameters = deadline, response_parameters
 
     @property
     def cancelled(self) -> bool:

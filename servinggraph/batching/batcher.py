@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Hashable, Mapping
 from functools import partial
 from typing import Any
 
-from servinggraph.batching.members import Departures, Waiter, awaited, end_work, shared_context
+from servinggraph.batching.members import Departures, SharedContext, Waiter, awaited, end_work
 from servinggraph.batching.queue import BatchQueue
 from servinggraph.batching.rows import (
     Unjoinable,
@@ -24,7 +24,7 @@ from servinggraph.batching.rows import (
     slice_rows,
     why_bad_errors,
 )
-from servinggraph.context import Context
+from servinggraph.context import Context, ParameterValue
 from servinggraph.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -170,30 +170,42 @@ class Batcher:
         """Run a request that is too large for one batch, and join its results.
 
         Only as many pieces are queued as keep every instance busy: others get their turn in
-        between, and the queue stays short.
+        between, and the queue stays short. A response parameter on which the pieces differ
+        tells all its values: which members of an ensemble answered, say.
         """
         queued: deque[asyncio.Future[Any]] = deque()
+        contexts: deque[Context] = deque()
         results: list[Any] = []
+        added: dict[str, list[ParameterValue]] = {}
+
+        async def collect() -> None:
+            results.append(await queued.popleft())
+            for name, parameter in contexts.popleft().response_parameters.items():
+                if parameter not in added.setdefault(name, []):
+                    added[name].append(parameter)
+
         try:
             for start in range(0, rows, self._max_rows):
                 if len(queued) > self._instances:
-                    results.append(await queued.popleft())
+                    await collect()
                 stop = min(start + self._max_rows, rows)
                 piece = self._loop.create_future()
                 queued.append(piece)
-                self._put(Waiter(slice_rows(value, start, stop), stop - start, key, context, piece, start))
+                contexts.append(context.for_piece())
+                self._put(Waiter(slice_rows(value, start, stop), stop - start, key, contexts[-1], piece, start))
             while queued:
-                results.append(await queued.popleft())
+                await collect()
         finally:
             for piece in queued:
                 if not piece.cancel() and not piece.cancelled():
                     piece.exception()  # looked at: its failure is reported by the first one's
+        for name, values in added.items():
+            context.response_parameters[name] = values[0] if len(values) == 1 else "; ".join(map(str, values))
         try:
             return join_results(results)
         except Unjoinable as error:
-            raise StepFailed(f"ran in {len(results)} pieces of at most {self._max_rows} rows, and {error}").at(
-                self._name
-            ) from None
+            text = f"ran in {len(results)} pieces of at most {self._max_rows} rows, and {error}"
+            raise StepFailed(text).at(self._name) from None
 
     def _put(self, waiter: Waiter) -> None:
         if self._closed:
@@ -274,7 +286,7 @@ class Batcher:
             if not single:
                 value = join([waiter.value for waiter in batch])
                 rows = sum(waiter.rows for waiter in batch)
-                context = shared_context(batch)
+                context = SharedContext(batch, isolate=self._policy.isolate)
             if self._pad_to is not None and 0 < rows < self._pad_to[-1]:
                 size = next(size for size in self._pad_to if size >= rows)
                 if size > rows:

@@ -10,7 +10,7 @@ from servinggraph.context import Context
 from servinggraph.errors import StepFailed
 from servinggraph.tensors import Array
 
-__all__ = ["Departures", "Waiter", "awaited", "end_work", "shared_context"]
+__all__ = ["Departures", "SharedContext", "Waiter", "awaited", "end_work"]
 
 
 class Waiter:
@@ -63,15 +63,25 @@ def end_work(batch: list[Waiter]) -> None:
         waiter.context.end_work()
 
 
-def shared_context(batch: list[Waiter]) -> Context:
-    """Return the context of several members' run: worthless only when it is so for all of them."""
-    deadline: float | None = 0.0
-    for waiter in batch:
-        if waiter.deadline is None:
-            deadline = None
-            break
-        deadline = max(deadline or 0.0, waiter.deadline)
-    return Context(graph=batch[0].context.graph, deadline=deadline)
+class SharedContext(Context):
+    """The context of several members' run: worthless only when it is so for all of them."""
+
+    __slots__ = ("_batch",)
+
+    def __init__(self, batch: list[Waiter], *, isolate: bool) -> None:
+        deadline: float | None = 0.0
+        for waiter in batch:
+            if waiter.deadline is None:
+                deadline = None
+                break
+            deadline = max(deadline or 0.0, waiter.deadline)
+        runs_again = isolate or any(waiter.context.runs_again for waiter in batch)
+        super().__init__(graph=batch[0].context.graph, deadline=deadline, runs_again=runs_again)
+        self._batch = batch
+
+    @property
+    def cancelled(self) -> bool:
+        return all(waiter.gone for waiter in self._batch)
 
 
 async def awaited(awaitable: Awaitable[Any]) -> Any:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from servinggraph.concurrency import cancel_all, run_all
+from servinggraph.concurrency import cancel_all, run_all, started
 from servinggraph.context import Context
-from servinggraph.errors import GraphInvalid, Problem, ServingGraphError, StepFailed, Unavailable
+from servinggraph.errors import GraphInvalid, InvalidRequest, Problem, ServingGraphError, StepFailed, Unavailable
 from servinggraph.importing import ImportProblem, load_object
 from servinggraph.interfaces import Handler, Options, Router
-from servinggraph.tensors import Array, Signature, TensorSpec
+from servinggraph.tensors import Array, Signature, TensorSpec, datatype_of
 
 __all__ = ["Ensemble", "EnsembleOptions"]
 
@@ -36,7 +36,9 @@ class EnsembleOptions(Options):
         None, ge=1, description="Members that must answer; by default all. With fewer missing the others are re-weighted."
     )
     tensors: list[str] | None = Field(
-        None, description="Outputs to combine, others are dropped; by default all, and members must give the same."
+        None,
+        min_length=1,
+        description="Outputs to combine, others are dropped; by default all, and members must give the same.",
     )
 
 
@@ -57,7 +59,13 @@ class Ensemble(Router[EnsembleOptions]):
         weights = self.options.weights
         if self.options.combine == "weighted_mean" and weights is None:
             problems.append(Problem("'combine: weighted_mean' needs 'weights', one for each branch", node="combine"))
-        if weights is not None:
+        if self.options.combine not in _RULES:
+            problems.extend(
+                Problem(f"'{key}' is for {', '.join(_RULES)}: a function of your own gets all that the members gave", node=key)
+                for key in ("weights", "tensors")
+                if getattr(self.options, key) is not None
+            )
+        elif weights is not None:
             problems.extend(self._weight_problems(weights, names))
         self._weights = {name: (weights or {}).get(name, 1.0) for name in names}
         if self.options.quorum is not None and self.options.quorum > len(names):
@@ -73,23 +81,23 @@ class Ensemble(Router[EnsembleOptions]):
         if self._quorum == len(calls):
             members = dict(zip(branches, await run_all(calls), strict=True))
         else:
-            members = await self._at_least_quorum(tuple(branches), calls)
+            members = await self._at_least_quorum(tuple(branches), calls, context)
         context.response_parameters[f"{self.name}.answered"] = ",".join(members)
         try:
             result = self._combine(members)
         except ServingGraphError:
             raise
         except Exception as error:
-            raise StepFailed(f"cannot combine {', '.join(members)}: {type(error).__name__}: {error}") from error
+            raise StepFailed.because_of(error, f"cannot combine {', '.join(members)}: ") from error
         return await result if inspect.isawaitable(result) else result
 
     def describe(self) -> str:
         rule = self.options.combine if isinstance(self.options.combine, str) else "custom"
         return f"ensemble ({rule})"
 
-    async def _at_least_quorum(self, names: Sequence[str], calls: Sequence[Any]) -> dict[str, Any]:
+    async def _at_least_quorum(self, names: Sequence[str], calls: Sequence[Any], context: Context) -> dict[str, Any]:
         """Wait for every member, and go on with those that answered if they are enough."""
-        futures = [asyncio.ensure_future(call) for call in calls]
+        futures = started(calls)
         try:
             outcomes = await asyncio.gather(*futures, return_exceptions=True)
         except BaseException:
@@ -99,10 +107,17 @@ class Ensemble(Router[EnsembleOptions]):
         failures: dict[str, BaseException] = {}
         for name, outcome in zip(names, outcomes, strict=True):
             (failures if isinstance(outcome, BaseException) else members)[name] = outcome
+        if context.runs_again:
+            for error in failures.values():
+                if not getattr(error, "retryable", False):
+                    raise error  # one request's row may be to blame: run by itself, the others keep this member
         if len(members) < self._quorum:
+            first = next(iter(failures.values()))
+            if all(isinstance(error, InvalidRequest) for error in failures.values()):
+                raise first  # the caller's mistake, which no retry mends
             texts = "; ".join(f"{name}: {error}" for name, error in failures.items())
             text = f"only {len(members)} of {len(names)} members answered, quorum is {self._quorum} ({texts})"
-            raise Unavailable(text) from next(iter(failures.values()))
+            raise Unavailable(text) from first
         return members
 
     def _rule(self, problems: list[Problem]) -> Callable[[Members], Any]:
@@ -201,7 +216,8 @@ class Ensemble(Router[EnsembleOptions]):
         if any(array.shape != arrays[0].shape for array in arrays):
             shapes = ", ".join(f"{name} {list(tensors[column].shape)}" for name, tensors in members.items())
             raise StepFailed(f"members' outputs '{column}' differ in shape: {shapes}")
-        if any(array.dtype != arrays[0].dtype for array in arrays):
+        are_text = all(datatype_of(array) == "BYTES" for array in arrays)  # in several widths, perhaps
+        if not are_text and any(array.dtype != arrays[0].dtype for array in arrays):
             dtypes = ", ".join(f"{name} {tensors[column].dtype}" for name, tensors in members.items())
             raise StepFailed(f"members' outputs '{column}' differ in datatype: {dtypes}")
         return arrays
@@ -222,16 +238,20 @@ class Ensemble(Router[EnsembleOptions]):
             dtype = arrays[0].dtype
             if dtype.kind != "f" and dtype.name != "bfloat16":
                 raise StepFailed(f"output '{column}' is {dtype}, and a mean of labels is no label; vote over it")
-            if len(set(shares)) == 1:
-                total = arrays[0] + arrays[1] if len(arrays) > 1 else arrays[0]
-                for array in arrays[2:]:
-                    total = total + array
-                result[column] = total if len(arrays) == 1 else total / dtype.type(len(arrays))
-            else:
-                total = arrays[0] * dtype.type(shares[0])
-                for array, share in zip(arrays[1:], shares[1:], strict=True):
-                    total = total + array * dtype.type(share)
-                result[column] = total
+            # Numbers of 16 bits are summed up in 32: their sum may overflow where their mean does not.
+            wide = np.dtype(np.float32) if dtype.itemsize == 2 else dtype
+            # A member of weight 0 is left out: its NaN would make the sum one.
+            terms = [(array, share) for array, share in zip(arrays, shares, strict=True) if share]
+            even = all(share == terms[0][1] for _, share in terms)
+            total: Any = None
+            for array, share in terms:
+                term = array.astype(wide, copy=False)
+                if not even:
+                    term = term * wide.type(share)
+                total = term if total is None else total + term
+            if even and len(terms) > 1:
+                total = total / wide.type(len(terms))
+            result[column] = np.asarray(total).astype(dtype, copy=False)
         return result
 
     def _vote(self, members: Members) -> dict[str, Array]:
@@ -242,15 +262,28 @@ class Ensemble(Router[EnsembleOptions]):
             arrays = self._stack(members, column)
             if arrays[0].dtype.kind in "fV":
                 raise StepFailed(f"output '{column}' is {arrays[0].dtype}: vote over labels, or take the mean of scores")
-            labels, places = np.unique(np.stack(arrays), return_inverse=True)
-            places = places.reshape(len(arrays), *arrays[0].shape)
-            votes = np.zeros((len(labels), *arrays[0].shape))
-            for place, share in zip(places, shares, strict=True):
-                for label in range(len(labels)):
-                    votes[label] += share * (place == label)
+            labels, codes = np.unique(np.stack(_comparable(arrays)), return_inverse=True)
+            codes = codes.reshape(len(arrays), *arrays[0].shape)
+            # Each member's label is held against every member's: the memory does not grow with the number of labels.
             # Rounded: sums of equal shares must tie although floating addition differs in the last bit.
-            result[column] = labels[np.round(votes, 12).argmax(axis=0)].astype(arrays[0].dtype)
+            votes = [
+                np.round(sum(share * (other == own) for other, share in zip(codes, shares, strict=True)), 12) for own in codes
+            ]
+            most = np.max(votes, axis=0)
+            elected = np.min([np.where(vote == most, own, len(labels)) for vote, own in zip(votes, codes, strict=True)], axis=0)
+            if all(array.dtype == arrays[0].dtype for array in arrays):
+                labels = labels.astype(arrays[0].dtype, copy=False)
+            result[column] = labels[elected.reshape(-1)].reshape(arrays[0].shape)
         return result
+
+
+def _comparable(arrays: Sequence[Array]) -> Sequence[Array]:
+    """Return text in one form when members give it in several: as `bytes` and as `str`, or of several widths."""
+    kinds = {type(text) for array in arrays for text in array.flat} if arrays[0].dtype.kind in "OUS" else set()
+    if len(kinds) < 2:
+        return arrays
+    as_bytes = [[text.encode() if isinstance(text, str) else text for text in array.flat] for array in arrays]
+    return [np.array(texts, dtype=object).reshape(array.shape) for texts, array in zip(as_bytes, arrays, strict=True)]
 
 
 def _union_of_inputs(branches: Mapping[str, Signature]) -> Mapping[str, TensorSpec] | None:
