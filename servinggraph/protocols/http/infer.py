@@ -35,6 +35,7 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _NO_EXTENSIONS: Final[dict[str, Any]] = {}
 _JSON: Final = (b"content-type", b"application/json")
+_CLOSE: Final = (b"connection", b"close")
 _BINARY: Final = (b"content-type", b"application/octet-stream")
 _JSON_HEAD: Final = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: "
 _BLOCKING_BYTES: Final = 256 * 1024
@@ -111,7 +112,7 @@ class InferRoute:
             _log(error, graph, context)
             status, response, content = error_response(error)
             if error.__class__ is RequestTooLarge:
-                response.append((b"connection", b"close"))  # what is left of the body is not worth reading
+                response.append(_CLOSE)  # what is left of the body is not worth reading
         except asyncio.CancelledError as error:
             if self._departures.gone(task):
                 return  # nobody is there to answer
@@ -127,7 +128,8 @@ class InferRoute:
             self._departures.forget(task)
             context.when_idle(self._admission.leave)
         reply = scope.get("extensions", _NO_EXTENSIONS).get(REPLY)
-        if reply is None or not reply(_head(status, response, len(content)), content):
+        # ASGI's way where the connection has to be closed: uvicorn reads that off the headers.
+        if reply is None or response[-1] is _CLOSE or not reply(_head(status, response, len(content)), content):
             await _send(send, status, response, content)
 
     async def answer(

@@ -9,7 +9,6 @@ given by `Config(http=...)`. Source of the order of answers: RFC 9112 §9.3.2, �
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 from typing import Any, Final
 
 import httptools
@@ -104,6 +103,7 @@ class _Bounded(HttpToolsProtocol):
     _in_head = True
     _head_bytes = 0
     _quiet_bytes = 0  # received since the last byte of a body: chunk extensions, trailers
+    _upgrading = False  # the head asked for an upgrade, and is read once more without
     _deaf = False  # what still arrives is thrown away
     _running: RequestResponseCycle | None = None
     _last_words: bytes | None = None  # a refusal that waits for the answers before it
@@ -118,6 +118,8 @@ class _Bounded(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         super().connection_made(transport)
         self._plain_transport = transport
+        # One for all requests: bound to a request it would be a cycle of references, garbage for each.
+        self._extensions = {REPLY: self.reply}
         self.transport = _OneWrite(transport, self)  # type: ignore[assignment]  # a transport in all that is used of it
         self.flow = _Flow(transport, self.pipeline)
         self._watch_progress()
@@ -167,24 +169,26 @@ class _Bounded(HttpToolsProtocol):
         if arrived > self.max_header_bytes and self._head_size() > self.max_header_bytes:
             raise ValueError("head too large")  # llhttp stops, and send_400_response is called
         if self.parser.should_upgrade():
+            self._upgrading = True
             return  # begins again without the upgrade; see `data_received`
         super().on_headers_complete()
         self.headers = []  # trailers end here, and not among the headers (RFC 9110 §6.5.1)
         if not self.pipeline:
             self._running = self.cycle
-        self.scope["extensions"] = {REPLY: partial(self.reply, self.cycle)}  # type: ignore[dict-item]  # ours
+        self.scope["extensions"] = self._extensions  # type: ignore[typeddict-item]  # ours
 
-    def reply(self, cycle: RequestResponseCycle, head: bytes, body: bytes) -> bool:
+    def reply(self, head: bytes, body: bytes) -> bool:
         """Send a whole response at once: what two ASGI messages do, without taking them apart again.
 
         Args:
-            cycle: the request.
             head: status line and headers, content-length among them, each line with its end.
             body: the body.
 
         Returns:
             False when it was not sent, because the client has to read first: use ASGI's way.
         """
+        cycle = self._running  # only one runs at a time, and it is the one that answers
+        assert cycle is not None
         if cycle.disconnected:
             return True
         if self.flow.write_paused or cycle.response_started:
@@ -220,8 +224,10 @@ class _Bounded(HttpToolsProtocol):
         self._in_head = True
         if self._stall is not None:
             self._forget_progress()
-        if not self.parser.should_upgrade():
-            super().on_message_complete()
+        cycle = self.cycle
+        if not self._upgrading and not cycle.response_complete:
+            cycle.more_body = False
+            cycle.message_event.set()
 
     def on_response_complete(self) -> None:
         self.transport.flush()  # type: ignore[attr-defined]  # a head without a body: the answer to HEAD
@@ -244,6 +250,7 @@ class _Bounded(HttpToolsProtocol):
                 continue
             if name not in (b"upgrade", b"http2-settings"):
                 lines.append(name + b": " + (b"close" if name == b"connection" else value))
+        self._upgrading = False
         self.parser = httptools.HttpRequestParser(self)
         if hasattr(self.parser, "set_dangerous_leniencies"):  # as uvicorn sets it; httptools from 0.6.3 on
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)

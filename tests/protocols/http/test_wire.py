@@ -235,7 +235,24 @@ def test_a_body_that_is_too_large_is_413_and_the_answer_is_not_lost(server, kind
 
     assert 413 == answer.status
     assert "200000 bytes (limit 'max_body_bytes')" in json.loads(answer.read())["error"]
+    assert client.sock is None  # the server said that it closes
     client.close()
+
+
+def test_a_connection_is_closed_after_a_body_that_is_too_large(connection):
+    connection.send(request(b"a" * 300_000))
+
+    assert 413 == connection.answer().status
+    assert connection.is_closed()
+
+
+def test_a_stream_without_end_is_cut_off(connection):
+    connection.send(chunked(b"a" * 300_000, end=b""))
+    assert 413 == connection.answer().status
+    connection.socket.settimeout(5)
+    with pytest.raises((BrokenPipeError, ConnectionResetError)):
+        while True:
+            connection.send(b"400\r\n" + b"a" * 1024 + b"\r\n")
 
 
 @pytest.mark.parametrize(("coding", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress), ("GZip", gzip.compress)])
