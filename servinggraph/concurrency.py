@@ -172,8 +172,8 @@ def _settle(future: asyncio.Future[Any], context: Context, result: Any, error: B
         return
     if error is None:
         future.set_result(result)
-    elif isinstance(error, StopIteration | KeyboardInterrupt):
-        # A future refuses to hold the one, and a task that awaits the other ends the event loop.
+    elif isinstance(error, StopIteration | KeyboardInterrupt | GeneratorExit):
+        # A future refuses to hold the first, and for a coroutine that awaits the others they are the end of everything.
         wrapped = RuntimeError(f"a step raised {type(error).__name__}")
         wrapped.__cause__ = error
         future.set_exception(wrapped)
