@@ -10,6 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Mapping
 from functools import partial
+from math import inf
 from typing import Any
 
 from servinggraph.batching.members import Departures, SharedContext, Waiter, awaited, end_work
@@ -77,7 +78,8 @@ class Batcher:
         # wait for, and an idle node is run at once, without another turn.
         self._lone_turns = _LONELY
         self._used_this_turn = False
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._timer_at = inf
         self._runs: set[asyncio.Future[Any]] = set()
         self._joined: set[asyncio.Future[Any]] = set()
         self._closed = False
@@ -224,7 +226,7 @@ class Batcher:
         expires = queue.put(waiter, self._loop.time(), idle=self._running == 0)
         # Not run here: everything else that arrives in this turn of the loop joins the batch.
         # While all instances are busy only a time limit needs a look before a batch ends.
-        if self._running < self._instances or (expires is not None and (self._timer is None or expires < self._timer.when())):
+        if self._running < self._instances or (expires is not None and expires < self._timer_at):
             self._pump_soon()
 
     def _end_turn(self) -> None:
@@ -239,9 +241,10 @@ class Batcher:
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None if moment is None else self._loop.call_at(moment, self._time_is_up, moment)
+        self._timer_at = inf if moment is None else moment
 
     def _time_is_up(self, moment: float) -> None:
-        self._timer = None
+        self._set_timer(None)
         self._look(max(moment, self._loop.time()))  # some event loops wake up a little early
 
     def _pump(self) -> None:
@@ -266,7 +269,7 @@ class Batcher:
         if queue.waiting:
             moment = queue.next_event(busy=self._running >= self._instances)
             # A timer that is too early stays: with time limits far away nearly every one would be set in vain.
-            if moment is not None and (self._timer is None or moment < self._timer.when()):
+            if moment is not None and moment < self._timer_at:
                 self._set_timer(moment)
 
     def _refuse(self, waiter: Waiter, now: float) -> None:
