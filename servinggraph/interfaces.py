@@ -83,6 +83,7 @@ class FrontEndOptions(Options):
     max_body_bytes: int = Field(
         64 * 2**20, ge=1, description="Largest request body in bytes, also after decompression; more gets 413."
     )
+    max_connections: int = Field(4096, ge=1, description="Most open connections; one more gets 503 and is closed.")
     max_header_bytes: int = Field(65536, ge=256, description="Largest request line and headers in bytes; more gets 431.")
     max_tensors: int = Field(1024, ge=1, description="Most inputs, or requested outputs, of a request.")
 

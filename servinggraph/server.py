@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -124,6 +125,11 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     return uvloop.new_event_loop()
 
 
+def _cannot_listen(host: str, port: object, protocol: str, error: OSError) -> CannotServe:
+    reason = error.strerror or error
+    return CannotServe(f"cannot listen on {host} port {port} ({protocol}): {reason}; choose another with --{protocol}-port")
+
+
 def _spare_the_collector() -> None:
     """Keep the garbage collector away from what lives as long as the process, and from most requests.
 
@@ -175,18 +181,19 @@ class Server:
             try:
                 front_end.bind()
             except OSError as error:
-                raise CannotServe(
-                    f"cannot listen on {options.host} port {port} ({protocol}): {error.strerror or error}"
-                ) from None
+                raise _cannot_listen(options.host, port, protocol, error) from None
             self.front_ends[protocol] = front_end
         if not self.front_ends:
             raise CannotServe("every front end is off: there would be no way to reach a graph")
         with self._signals():
             try:
-                await self.catalog.load(self.plans)
+                await self._load()
                 _spare_the_collector()
-                for front_end in self.front_ends.values():
-                    await front_end.start()
+                for protocol, front_end in self.front_ends.items():
+                    try:
+                        await front_end.start()
+                    except OSError as error:  # another process was quicker to listen
+                        raise _cannot_listen(options.host, front_end.port, protocol, error) from None
                 self._announce(self)
                 await self._stop.wait()
                 logger.info("stopping: not ready any more, %d requests in flight", admission.in_flight)
@@ -198,6 +205,21 @@ class Server:
                     # A run on a device that never ends must not keep the process alive.
                     await asyncio.wait_for(self.catalog.stop(), options.grace_s + 1)
         logger.info("stopped")
+
+    async def _load(self) -> None:
+        """Load the graphs; a signal meanwhile ends the process at once."""
+        loading = asyncio.ensure_future(self.catalog.load(self.plans))
+        told = asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait({loading, told}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            told.cancel()
+            await loading
+            return
+        logger.info("stopped while loading")
+        logging.shutdown()
+        # Nothing is served yet, and a load runs in a thread, which nothing can interrupt: an orderly
+        # end would wait for it, and the supervisor's patience may be shorter.
+        os._exit(0)
 
     def stop(self) -> None:
         """Begin an orderly end."""

@@ -58,7 +58,10 @@ def test_a_port_in_use_is_said_in_one_sentence():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(CannotServe, match=f"^cannot listen on 127.0.0.1 port {port} .http.: Address already in use$"):
+        with pytest.raises(
+            CannotServe,
+            match=f"^cannot listen on 127.0.0.1 port {port} .http.: Address already in use; choose another with --http-port$",
+        ):
             serve(a_plan(), http_port=port)
 
 

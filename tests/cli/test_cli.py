@@ -214,3 +214,32 @@ def test_init_makes_a_project_whose_own_test_passes(folder):
 @pytest.mark.parametrize("command", ["serve", "check", "plot", "schema", "version", "init"])
 def test_every_command_explains_itself(command):
     assert "Usage:" in run(command, "--help").output
+
+
+def test_a_signal_while_a_graph_loads_ends_it_at_once(folder):
+    (folder / "cli_test_steps.py").write_text(
+        "import time, sys\n"
+        "class same:\n    def load(self): print('loading', file=sys.stderr, flush=True); time.sleep(60)\n"
+        "    def __call__(self, value): return value\n"
+    )
+    process = subprocess.Popen(
+        [*COMMAND, "serve", "graph.yaml", "--http-port", "0"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert "loading\n" == process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        assert 0 == process.wait(10)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_connections_are_bounded(folder):
+    with Served("graph.yaml", "--http-port", "0", "--max-connections", "2") as served:
+        port = int(re.search(r"HTTP on http://127.0.0.1:(\d+)", served.banner)[1])
+        address = ("127.0.0.1", port)
+        with socket.create_connection(address), socket.create_connection(address), socket.create_connection(address) as third:
+            third.settimeout(10)
+            answer = third.recv(4096).decode()
+        assert answer.startswith("HTTP/1.1 503 Service Unavailable")
+        assert "(limit 'max_connections')" in answer

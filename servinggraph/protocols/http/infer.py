@@ -7,7 +7,6 @@ uvicorn made for it; a client that goes away is noticed by `Departures`.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final
 
@@ -17,6 +16,7 @@ from servinggraph.lifecycle import Admission, Catalog, ServedGraph
 from servinggraph.messages import InferenceResponse
 from servinggraph.protocols.http.codec import deadline_of, header_length_of, priority_of
 from servinggraph.protocols.http.departures import Departures
+from servinggraph.protocols.http.failures import FailureLog
 from servinggraph.protocols.http.status import error_response
 from servinggraph.protocols.http.wire import REPLY, STATUS_LINE
 from servinggraph.protocols.v2 import EncodedResponse, RequestLimits, encode_response, parse_request
@@ -24,8 +24,6 @@ from servinggraph.protocols.v2.compression import accepted_coding, compress, dec
 from servinggraph.protocols.v2.response import answer_tensors
 
 __all__ = ["InferRoute"]
-
-logger = logging.getLogger("servinggraph.http")
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -73,6 +71,7 @@ class InferRoute:
         self._routes: dict[str, ServedGraph] = {}
         self._loop = asyncio.get_running_loop()
         self._departures = Departures(self._loop)
+        self._failures = FailureLog(self._loop.time)
         catalog.on_change(self._refresh)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -109,7 +108,7 @@ class InferRoute:
         except _ClientGone:
             return
         except ServingGraphError as error:
-            _log(error, graph, context)
+            self._report(error, graph, context)
             status, response, content = error_response(error)
             if error.__class__ is RequestTooLarge:
                 response.append(_CLOSE)  # what is left of the body is not worth reading
@@ -117,12 +116,12 @@ class InferRoute:
             if self._departures.gone(task):
                 return  # nobody is there to answer
             failure = self._cancelled(task, error)
-            _log(failure, graph, context)
+            self._report(failure, graph, context)
             status, response, content = error_response(failure)
         except Exception as error:  # a defect of ours: the caller is answered all the same
             failure = StepFailed(f"{type(error).__name__}: {error}")
             failure.__cause__ = error
-            _log(failure, graph, context)
+            self._report(failure, graph, context)
             status, response, content = error_response(failure)
         finally:
             self._departures.forget(task)
@@ -170,6 +169,11 @@ class InferRoute:
             raise
         except Exception as error:  # an answer that cannot be encoded, or a defect of ours
             raise StepFailed(f"{type(error).__name__}: {error}").at(plan.answer) from error
+
+    def _report(self, error: ServingGraphError, graph: ServedGraph, context: Context) -> None:
+        """Log failures that are ours or the graph's; a caller's mistakes are told to the caller only."""
+        if isinstance(error, StepFailed):
+            self._failures.report(graph.plan.name, context.id, error)
 
     def _cancelled(self, task: asyncio.Task[Any], error: asyncio.CancelledError) -> ServingGraphError:
         """Return what a request that was cancelled, but whose client is still there, is told."""
@@ -244,9 +248,3 @@ async def _send(send: Send, status: int, headers: list[tuple[bytes, bytes]], bod
     headers.append((b"content-length", str(len(body)).encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
-
-
-def _log(error: ServingGraphError, graph: ServedGraph, context: Context) -> None:
-    """Report failures that are ours or the graph's; a caller's mistakes are told to the caller only."""
-    if isinstance(error, StepFailed):
-        logger.error("graph '%s' request '%s': %s", graph.plan.name, context.id, error, exc_info=error.__cause__)

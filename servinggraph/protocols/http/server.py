@@ -71,7 +71,7 @@ class HttpFrontEnd:
         """Begin to answer."""
         config = uvicorn.Config(
             self._asgi,
-            http=bounded_protocol(self._options.max_header_bytes),
+            http=bounded_protocol(self._options.max_header_bytes, self._options.max_connections),
             ws="none",
             lifespan="off",
             log_config=None,

@@ -31,7 +31,12 @@ LINGER_S: Final = 2.0
 """How long the rest of a refused request is thrown away: closed at once, the refusal itself could be lost."""
 
 _JOINED_BYTES: Final = 65536
-_PHRASE: Final = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
+_PHRASE: Final = {
+    400: b"Bad Request",
+    408: b"Request Timeout",
+    431: b"Request Header Fields Too Large",
+    503: b"Service Unavailable",
+}
 
 
 class _OneWrite:
@@ -97,6 +102,7 @@ class _Bounded(HttpToolsProtocol):
     """One connection. `max_header_bytes` and `stall_s` are set by `bounded_protocol`."""
 
     max_header_bytes: int
+    max_connections: int
     stall_s: float
 
     _open = True  # a request has begun, or the first is awaited, and is not complete
@@ -122,6 +128,9 @@ class _Bounded(HttpToolsProtocol):
         self._extensions = {REPLY: self.reply}
         self.transport = _OneWrite(transport, self)  # type: ignore[assignment]  # a transport in all that is used of it
         self.flow = _Flow(transport, self.pipeline)
+        if len(self.connections) > self.max_connections:
+            self._refuse(503, f"the server has {self.max_connections} connections (limit 'max_connections')")
+            return
         self._watch_progress()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -343,6 +352,12 @@ class _Bounded(HttpToolsProtocol):
         self.transport.close()
 
 
-def bounded_protocol(max_header_bytes: int) -> type[HttpToolsProtocol]:
-    """Return a protocol class that refuses a request line and headers, or trailers, of more than `max_header_bytes`."""
-    return type("BoundedHttpToolsProtocol", (_Bounded,), {"max_header_bytes": max_header_bytes, "stall_s": STALL_S})
+def bounded_protocol(max_header_bytes: int, max_connections: int) -> type[HttpToolsProtocol]:
+    """Return a protocol class with limits.
+
+    Args:
+        max_header_bytes: largest request line and headers, or trailers.
+        max_connections: most connections at the same time.
+    """
+    limits = {"max_header_bytes": max_header_bytes, "max_connections": max_connections, "stall_s": STALL_S}
+    return type("BoundedHttpToolsProtocol", (_Bounded,), limits)

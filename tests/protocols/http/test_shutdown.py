@@ -183,4 +183,7 @@ def test_a_port_in_use_is_one_sentence_and_a_failure(process):
         server = process("--http-port", str(port))
 
         assert 0 != server.exit_code()
-        assert f"cannot listen on 127.0.0.1 port {port} (http): Address already in use\n" == server.text
+        assert (
+            f"cannot listen on 127.0.0.1 port {port} (http): Address already in use; choose another with --http-port\n"
+            == server.text
+        )
