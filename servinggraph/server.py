@@ -17,7 +17,7 @@ from pydantic import Field
 from servinggraph.compiler import compile_source
 from servinggraph.errors import GraphInvalid, Problem
 from servinggraph.interfaces import FrontEndOptions
-from servinggraph.lifecycle import Admission, Catalog
+from servinggraph.lifecycle import Serving
 from servinggraph.plan import Plan
 from servinggraph.registry import kinds, load_kind
 from servinggraph.spec import GraphSpec, Source, read_file
@@ -153,8 +153,10 @@ class Server:
 
     def __init__(self, plans: Sequence[Plan], options: ServerOptions, announce: Callable[[Server], None]) -> None:
         self.plans = plans
+        if not options.server_version:
+            options = options.model_copy(update={"server_version": __version__})
         self.options = options
-        self.catalog = Catalog()
+        self.serving = Serving(options)
         self.front_ends: dict[str, Any] = {}
         self._announce = announce
         self._stop = asyncio.Event()
@@ -166,10 +168,7 @@ class Server:
             CannotServe: a port in use, a front end that is not installed.
             ServingGraphError: a graph failed to load.
         """
-        admission = Admission(self.options.max_in_flight)
         options = self.options
-        if not options.server_version:
-            options = options.model_copy(update={"server_version": __version__})
         for protocol in ("http", "grpc"):
             port = getattr(options, f"{protocol}_port")
             if port == "off":
@@ -177,7 +176,7 @@ class Server:
             if protocol not in kinds("protocols"):
                 have = ", ".join(kinds("protocols"))
                 raise CannotServe(f"--{protocol}-port {port}: no {protocol} front end is installed; there is {have}")
-            front_end = load_kind("protocols", protocol)(self.catalog, admission, options, options.host, port)
+            front_end = load_kind("protocols", protocol)(self.serving, options.host, port)
             try:
                 front_end.bind()
             except OSError as error:
@@ -196,19 +195,19 @@ class Server:
                         raise _cannot_listen(options.host, front_end.port, protocol, error) from None
                 self._announce(self)
                 await self._stop.wait()
-                logger.info("stopping: not ready any more, %d requests in flight", admission.in_flight)
-                self.catalog.draining = True
+                logger.info("stopping: not ready any more, %d requests in flight", self.serving.admission.in_flight)
+                self.serving.catalog.draining = True
                 await asyncio.sleep(options.shutdown_delay_s)
             finally:
                 await asyncio.gather(*(front_end.stop(options.grace_s) for front_end in self.front_ends.values()))
                 with contextlib.suppress(TimeoutError):
                     # A run on a device that never ends must not keep the process alive.
-                    await asyncio.wait_for(self.catalog.stop(), options.grace_s + 1)
+                    await asyncio.wait_for(self.serving.catalog.stop(), options.grace_s + 1)
         logger.info("stopped")
 
     async def _load(self) -> None:
         """Load the graphs; a signal meanwhile ends the process at once."""
-        loading = asyncio.ensure_future(self.catalog.load(self.plans))
+        loading = asyncio.ensure_future(self.serving.catalog.load(self.plans))
         told = asyncio.ensure_future(self._stop.wait())
         await asyncio.wait({loading, told}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():

@@ -15,7 +15,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from servinggraph.context import Context, ParameterValue
 from servinggraph.errors import InvalidRequest
 from servinggraph.interfaces import FrontEndOptions
-from servinggraph.lifecycle import Admission, Catalog
+from servinggraph.lifecycle import Serving
 from servinggraph.messages import InferenceResponse
 from servinggraph.plan import Plan
 from servinggraph.protocols.http.server import make_asgi
@@ -94,19 +94,19 @@ class AsyncMock:
 
     def __init__(self, plan: Plan, options: FrontEndOptions) -> None:
         self._plan = plan
-        self._catalog = Catalog()
-        self._admission = Admission(options.max_in_flight)
-        self._options = options
+        self._serving = Serving(options)
+        self._admission = self._serving.admission
 
     async def start(self) -> None:
         """Load the graph."""
-        await self._catalog.load([self._plan])
-        self._asgi = make_asgi(self._catalog, self._admission, self._options)
-        self._graph = self._catalog.get(self._plan.name)
+        catalog = self._serving.catalog
+        await catalog.load([self._plan])
+        self._asgi = make_asgi(self._serving)
+        self._graph = catalog.get(self._plan.name)
 
     async def stop(self) -> None:
         """Unload the graph."""
-        await self._catalog.stop()
+        await self._serving.catalog.stop()
 
     @property
     def in_flight(self) -> int:

@@ -15,7 +15,7 @@ import pytest
 
 from servinggraph import Graph
 from servinggraph.interfaces import FrontEndOptions
-from servinggraph.lifecycle import Admission, Catalog
+from servinggraph.lifecycle import Serving
 from servinggraph.protocols.http.server import HttpFrontEnd
 from servinggraph.server import new_event_loop
 
@@ -103,9 +103,9 @@ class HttpServer:
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        self.catalog = Catalog()
-        self.admission = Admission(self._options.max_in_flight)
-        front_end = HttpFrontEnd(self.catalog, self.admission, self._options, "127.0.0.1", 0)
+        self.serving = Serving(self._options)
+        self.catalog, self.admission = self.serving.catalog, self.serving.admission
+        front_end = HttpFrontEnd(self.serving, "127.0.0.1", 0)
         front_end.bind()
         await self.catalog.load(self._plans)
         await front_end.start()

@@ -8,9 +8,9 @@ from typing import Final
 
 from servinggraph.context import ParameterValue
 from servinggraph.errors import InvalidRequest
-from servinggraph.protocols.v2.json_data import shown
+from servinggraph.protocols.v2.parameters import timeout_of
 
-__all__ = ["deadline_of", "header_length_of", "priority_of"]
+__all__ = ["deadline_of", "header_length_of"]
 
 _HEADER_LENGTH: Final = b"inference-header-content-length"
 _TIMEOUT_HEADERS: Final = (b"x-request-timeout-ms", b"x-envoy-expected-rq-timeout-ms")
@@ -49,12 +49,8 @@ def deadline_of(headers: RawHeaders, parameters: Mapping[str, ParameterValue], n
     Raises:
         InvalidRequest: one of them is no number, or not above 0.
     """
-    deadline: float | None = None
-    timeout = parameters.get("timeout") if parameters else None
-    if timeout is not None and timeout != 0:  # Triton: 0 is no limit
-        if type(timeout) is not int or timeout < 0:
-            raise InvalidRequest(f"parameter 'timeout' is a whole number of microseconds, got {shown(timeout)}")
-        deadline = now + timeout / 1e6
+    seconds = timeout_of(parameters) if parameters else None
+    deadline = None if seconds is None else now + seconds
     for name in _TIMEOUT_HEADERS:
         text = headers.get(name)
         if text is None:
@@ -67,15 +63,3 @@ def deadline_of(headers: RawHeaders, parameters: Mapping[str, ParameterValue], n
         end = now + milliseconds / 1e3
         deadline = end if deadline is None else min(deadline, end)
     return deadline
-
-
-def priority_of(parameters: Mapping[str, ParameterValue]) -> int:
-    """Return the V2 parameter `priority`; 0 stands for the default level.
-
-    Raises:
-        InvalidRequest: not a whole number from 0 on.
-    """
-    priority = parameters.get("priority", 0)
-    if type(priority) is not int or priority < 0:
-        raise InvalidRequest(f"parameter 'priority' is a whole number from 0 on, got {shown(priority)}")
-    return priority

@@ -12,16 +12,14 @@ from typing import Any, Final
 
 from servinggraph.context import Context, Headers
 from servinggraph.errors import Cancelled, RequestTooLarge, ServingGraphError, StepFailed, Unavailable
-from servinggraph.lifecycle import Admission, Catalog, ServedGraph
-from servinggraph.messages import InferenceResponse
-from servinggraph.protocols.http.codec import deadline_of, header_length_of, priority_of
+from servinggraph.lifecycle import ServedGraph, Serving, infer
+from servinggraph.protocols.http.codec import deadline_of, header_length_of
 from servinggraph.protocols.http.departures import Departures
-from servinggraph.protocols.http.failures import FailureLog
 from servinggraph.protocols.http.status import error_response
 from servinggraph.protocols.http.wire import REPLY, STATUS_LINE
 from servinggraph.protocols.v2 import EncodedResponse, RequestLimits, encode_response, parse_request
 from servinggraph.protocols.v2.compression import accepted_coding, compress, decompress
-from servinggraph.protocols.v2.response import answer_tensors
+from servinggraph.protocols.v2.parameters import priority_of
 
 __all__ = ["InferRoute"]
 
@@ -48,31 +46,21 @@ class InferRoute:
     """ASGI application: answers `POST /v2/models/{graph}[/versions/{version}]/infer`, hands on the rest.
 
     Args:
-        catalog: the graphs.
-        admission: slots for requests in flight.
-        max_body_bytes: largest body, before and after decompression.
-        limits: bounds of what a request may hold.
+        serving: the graphs, the slots, the limits.
         others: application for all other paths.
     """
 
-    def __init__(
-        self,
-        catalog: Catalog,
-        admission: Admission,
-        max_body_bytes: int,
-        limits: RequestLimits,
-        others: ASGIApp,
-    ) -> None:
-        self._catalog = catalog
-        self._admission = admission
-        self._max_body_bytes = max_body_bytes
-        self._limits = limits
+    def __init__(self, serving: Serving, others: ASGIApp) -> None:
+        self._catalog = serving.catalog
+        self._admission = serving.admission
+        self._max_body_bytes = serving.options.max_body_bytes
+        self._limits = RequestLimits(serving.options.max_tensors)
         self._others = others
         self._routes: dict[str, ServedGraph] = {}
         self._loop = asyncio.get_running_loop()
         self._departures = Departures(self._loop)
-        self._failures = FailureLog(self._loop.time)
-        catalog.on_change(self._refresh)
+        self._failures = serving.failures
+        self._catalog.on_change(self._refresh)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         graph = self._routes.get(scope["path"]) if scope["type"] == "http" else None
@@ -157,17 +145,15 @@ class InferRoute:
             context.parameters = request.parameters
             context.priority = priority_of(request.parameters)
         context.deadline = deadline_of(headers, request.parameters, graph.executor.now())
+        response = await infer(graph, request, context)
         try:
-            value = await graph.executor.run(request.inputs, context)
-            outputs = answer_tensors(value, plan.outputs, plan.answer)
-            response = InferenceResponse(plan.name, plan.version, outputs, request.id, context.response_parameters)
             return encode_response(response, request)
         except StepFailed as error:
             error.at(plan.answer)
             raise
         except ServingGraphError:
             raise
-        except Exception as error:  # an answer that cannot be encoded, or a defect of ours
+        except Exception as error:  # an answer that cannot be encoded
             raise StepFailed(f"{type(error).__name__}: {error}").at(plan.answer) from error
 
     def _report(self, error: ServingGraphError, graph: ServedGraph, context: Context) -> None:

@@ -10,12 +10,10 @@ from collections.abc import Generator
 
 import uvicorn
 
-from servinggraph.interfaces import FrontEndOptions
-from servinggraph.lifecycle import Admission, Catalog
+from servinggraph.lifecycle import Serving
 from servinggraph.protocols.http.app import make_app
 from servinggraph.protocols.http.infer import InferRoute
 from servinggraph.protocols.http.wire import bounded_protocol
-from servinggraph.protocols.v2 import RequestLimits
 
 __all__ = ["HttpFrontEnd", "make_asgi"]
 
@@ -24,28 +22,24 @@ logger = logging.getLogger("servinggraph.http")
 BACKLOG = 2048
 
 
-def make_asgi(catalog: Catalog, admission: Admission, options: FrontEndOptions) -> InferRoute:
+def make_asgi(serving: Serving) -> InferRoute:
     """Return the whole ASGI application, without a port."""
-    app = make_app(catalog, options.server_name, options.server_version)
-    return InferRoute(catalog, admission, options.max_body_bytes, RequestLimits(options.max_tensors), app)
+    return InferRoute(serving, make_app(serving))
 
 
 class HttpFrontEnd:
-    """Serves a catalog over HTTP.
+    """Serves over HTTP.
 
     Args:
-        catalog: the graphs.
-        admission: slots for requests in flight.
-        options: limits and names.
+        serving: the graphs, the slots, the limits.
         host: address to listen on.
         port: port to listen on; 0 takes a free one.
     """
 
-    def __init__(self, catalog: Catalog, admission: Admission, options: FrontEndOptions, host: str, port: int) -> None:
-        self._catalog = catalog
-        self._options = options
+    def __init__(self, serving: Serving, host: str, port: int) -> None:
+        self._options = serving.options
         self._address = (host, port)
-        self._asgi = make_asgi(catalog, admission, options)
+        self._asgi = make_asgi(serving)
         self._server: uvicorn.Server | None = None
         self._serving: asyncio.Task[None] | None = None
         self.port = port

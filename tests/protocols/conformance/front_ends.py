@@ -26,7 +26,7 @@ from servinggraph.errors import (
     Unsupported,
 )
 from servinggraph.interfaces import FrontEndOptions
-from servinggraph.lifecycle import Admission, Catalog
+from servinggraph.lifecycle import Serving
 from servinggraph.messages import InferenceResponse
 from servinggraph.protocols.http.server import HttpFrontEnd
 from servinggraph.protocols.v2.client import decode_response, encode_request
@@ -190,12 +190,10 @@ class Http:
 
     @asynccontextmanager
     async def open(self, graph: Graph, **limits: Any) -> AsyncIterator[Client]:
-        catalog = Catalog()
-        options = FrontEndOptions(**limits)
-        admission = Admission(options.max_in_flight)
-        front_end = HttpFrontEnd(catalog, admission, options, "127.0.0.1", 0)
+        serving = Serving(FrontEndOptions(**limits))
+        front_end = HttpFrontEnd(serving, "127.0.0.1", 0)
         front_end.bind()
-        await catalog.load([graph.compile()])
+        await serving.catalog.load([graph.compile()])
         await front_end.start()
 
         async def send(path: str, body: bytes, headers: dict[str, str]) -> Any:
@@ -210,10 +208,10 @@ class Http:
                 writer.close()
 
         try:
-            yield V2Client(send, graph.name, lambda: admission.in_flight, binary=self._binary)
+            yield V2Client(send, graph.name, lambda: serving.admission.in_flight, binary=self._binary)
         finally:
             await front_end.stop(0.1)
-            await catalog.stop()
+            await serving.catalog.stop()
 
 
 FRONT_ENDS: dict[str, FrontEnd] = {

@@ -27,7 +27,7 @@ import numpy as np
 
 from servinggraph import Graph
 from servinggraph.interfaces import FrontEndOptions
-from servinggraph.lifecycle import Admission, Catalog
+from servinggraph.lifecycle import Serving
 from servinggraph.protocols.http.server import make_asgi
 
 HERE = Path(__file__).parent
@@ -307,8 +307,8 @@ class Target:
         self.statuses: Counter[str] = Counter()
 
     async def start(self) -> None:
-        self._catalog = Catalog()
-        self.admission = Admission(16)
+        serving = Serving(FrontEndOptions(max_body_bytes=LIMIT, max_in_flight=16))
+        self._catalog, self.admission = serving.catalog, serving.admission
         graphs = []
         for name, declared in GRAPHS.items():
             inputs = {
@@ -317,7 +317,7 @@ class Target:
             }
             graphs.append(Graph(name, inputs).to(lambda value: {**value}, "echo").respond())
         await self._catalog.load([graph.compile() for graph in graphs])
-        self._asgi = make_asgi(self._catalog, self.admission, FrontEndOptions(max_body_bytes=LIMIT))
+        self._asgi = make_asgi(serving)
 
     async def stop(self) -> None:
         await self._catalog.stop()

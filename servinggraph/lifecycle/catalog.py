@@ -1,20 +1,17 @@
-"""What is served, in which state, and how much of it at once.
-
-Front ends look graphs up here and take their slots here; they own neither.
-"""
+"""What is served, and in which state: every version of every graph."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from servinggraph.errors import GraphNotFound, LimitExceeded, Unavailable
+from servinggraph.errors import GraphNotFound, Unavailable
 from servinggraph.executor import Executor
 from servinggraph.plan import Plan
 
-__all__ = ["Admission", "Catalog", "ServedGraph"]
+__all__ = ["Catalog", "ServedGraph"]
 
 logger = logging.getLogger("servinggraph.lifecycle")
 
@@ -27,49 +24,25 @@ class ServedGraph:
         plan: the compiled graph.
         executor: runs its requests.
         ready: True from the end of a successful load to the beginning of the stop.
+        requests: requests that it answers now.
     """
 
     plan: Plan
     executor: Executor
     ready: bool = False
-
-
-class Admission:
-    """Counts requests in flight, over all graphs and front ends, and refuses more than the limit.
-
-    A slot is given back when the request's work has really ended, which for a call in a
-    thread or a batch that runs can be later than its answer.
-    """
-
-    __slots__ = ("_idle", "in_flight", "limit")
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.in_flight = 0
-        self._idle: asyncio.Event | None = None
-
-    def enter(self) -> None:
-        """Take a slot.
-
-        Raises:
-            LimitExceeded: all are taken; names the limit.
-        """
-        if self.in_flight >= self.limit:
-            raise LimitExceeded(
-                f"the server is full: {self.in_flight} requests are in flight (limit 'max_in_flight' = {self.limit})"
-            )
-        self.in_flight += 1
+    requests: int = 0
+    _idle: asyncio.Event | None = field(default=None, repr=False)
 
     def leave(self) -> None:
-        """Give a slot back."""
-        self.in_flight -= 1
-        if self.in_flight == 0 and self._idle is not None:
+        """Note that a request has its answer."""
+        self.requests -= 1
+        if self.requests == 0 and self._idle is not None:
             self._idle.set()
 
-    async def wait_until_idle(self) -> None:
-        """Return once no request is in flight."""
+    async def drained(self) -> None:
+        """Return once it answers no request; the executor can then be stopped without refusing anybody."""
         self._idle = asyncio.Event()
-        while self.in_flight:
+        while self.requests:
             self._idle.clear()
             await self._idle.wait()
 

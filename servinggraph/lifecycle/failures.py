@@ -14,7 +14,7 @@ from servinggraph.errors import ServingGraphError
 
 __all__ = ["FailureLog"]
 
-logger = logging.getLogger("servinggraph.http")
+logger = logging.getLogger("servinggraph.graphs")
 
 QUIET_S: Final = 1.0
 """After a failure of a node was logged, others of that node are only counted for this time."""

@@ -4,7 +4,7 @@ import logging
 
 from servinggraph import Graph
 from servinggraph.errors import StepFailed
-from servinggraph.protocols.http.failures import FailureLog
+from servinggraph.lifecycle.failures import FailureLog
 
 
 def test_a_node_that_fails_every_request_is_logged_once_a_second_and_counted(caplog):
