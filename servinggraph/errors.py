@@ -3,7 +3,9 @@
     ServingGraphError              base: a code, a message, the node at fault, whether a retry can help
     ├── InvalidRequest             the caller's request is wrong
     │   ├── ShapeMismatch          a tensor has another shape than declared
-    │   └── DatatypeMismatch       a tensor has another datatype than declared
+    │   ├── DatatypeMismatch       a tensor has another datatype than declared
+    │   ├── UnsupportedType        a free-form body's content type or charset cannot be taken
+    │   └── NotAcceptable          the answer cannot be given in a type that the caller takes
     ├── GraphNotFound              no such graph, or no such version of it
     ├── LimitExceeded              something is full: in-flight requests, a batch queue
     ├── RequestTooLarge            the body, or what it unpacks to, is over its limit
@@ -34,6 +36,7 @@ __all__ = [
     "GraphNotFound",
     "InvalidRequest",
     "LimitExceeded",
+    "NotAcceptable",
     "Problem",
     "RequestTooLarge",
     "ServingGraphError",
@@ -41,6 +44,7 @@ __all__ = [
     "StepFailed",
     "Unavailable",
     "Unsupported",
+    "UnsupportedType",
     "nearest",
 ]
 
@@ -56,6 +60,8 @@ class ErrorCode(Enum):
     CANCELLED = "cancelled"
     UNAVAILABLE = "unavailable"
     UNSUPPORTED = "unsupported"
+    UNSUPPORTED_TYPE = "unsupported_type"
+    NOT_ACCEPTABLE = "not_acceptable"
     INTERNAL = "internal"
 
 
@@ -130,6 +136,18 @@ class DatatypeMismatch(InvalidRequest):
         super().__init__(f"inference input '{tensor}' data-type is '{got}', but model '{model}' expects '{expected}'")
         self.tensor, self.model = tensor, model
         self.expected, self.got = expected, got
+
+
+class UnsupportedType(InvalidRequest):
+    """The body has a content type, or a charset, that cannot be taken; the message lists those that can."""
+
+    code = ErrorCode.UNSUPPORTED_TYPE
+
+
+class NotAcceptable(InvalidRequest):
+    """The answer cannot be given in any type that the caller takes; the message lists those that it can."""
+
+    code = ErrorCode.NOT_ACCEPTABLE
 
 
 class GraphNotFound(ServingGraphError):

@@ -20,6 +20,8 @@ HTTP_STATUS: Final[Mapping[ErrorCode, int]] = {
     ErrorCode.CANCELLED: 499,  # nginx's "client closed request"; nobody is there to read it
     ErrorCode.UNAVAILABLE: 503,
     ErrorCode.UNSUPPORTED: 501,
+    ErrorCode.UNSUPPORTED_TYPE: 415,
+    ErrorCode.NOT_ACCEPTABLE: 406,
     ErrorCode.INTERNAL: 500,
 }
 
