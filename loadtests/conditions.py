@@ -49,22 +49,22 @@ def versions(kind: str, triton: str = "") -> str:
     """
     common = ["onnxruntime", "numpy"]
     if kind == "triton":
-        return f"tritonserver {triton}, {_packages(BENCH / 'triton/bin/python', 'nvidia-pytriton', *common)}"
+        return f"tritonserver {triton}, {packages(BENCH / 'triton/bin/python', 'nvidia-pytriton', *common)}"
     if kind == "mlserver":
-        return _packages(BENCH / "mlserver/bin/python", "mlserver", *common, "uvicorn", "uvloop")
-    packages = _packages(Path(sys.executable), *common, "uvicorn", "uvloop", "httptools", "orjson")
-    return packages if kind.startswith("floor") else f"{servinggraph()}, {packages}"
+        return packages(BENCH / "mlserver/bin/python", "mlserver", *common, "uvicorn", "uvloop")
+    own = packages(Path(sys.executable), *common, "uvicorn", "uvloop", "httptools", "orjson")
+    return own if kind.startswith("floor") else f"{servinggraph()}, {own}"
 
 
 def servinggraph() -> str:
     """Return our version, and the revision it is at."""
-    found = _packages(Path(sys.executable), "servinggraph").rpartition(", ")[2]
+    found = packages(Path(sys.executable), "servinggraph").rpartition(", ")[2]
     revision = _output("git", "-C", str(HERE), "rev-parse", "--short", "HEAD")
     changed = _output("git", "-C", str(HERE.parent), "status", "--porcelain", "--", "servinggraph")
     return f"{found} (git {revision or 'unknown'}{' with changes' if changed else ''})"
 
 
-def _packages(python: Path, *names: str) -> str:
+def packages(python: Path, *names: str) -> str:
     found = json.loads(_output(str(python), "-c", _VERSIONS, *names) or "{}")
     return ", ".join(f"{name} {version}" for name, version in found.items())
 

@@ -192,9 +192,9 @@ def load(server: Server, connections: int, seconds: int) -> Sample:
     """
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-s", str(POST), server.infer_url]
     environment = os.environ | {"BODY": str(server.body)}
-    started, before = time.monotonic(), _foreign_cpu_seconds(server)
+    started, before = time.monotonic(), foreign_cpu_seconds(server)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds + 30, check=False)
-    others = (_foreign_cpu_seconds(server) - before) / (time.monotonic() - started)
+    others = (foreign_cpu_seconds(server) - before) / (time.monotonic() - started)
     text = done.stdout
     requests = re.search(r"(\d+) requests in", text)
     if done.returncode or not requests or requests[1] == "0":
@@ -219,7 +219,7 @@ def _pids_of(servers: Sequence[Server]) -> list[int]:
     return [pid for server in servers for pid in server.pids()]
 
 
-def _foreign_cpu_seconds(server: Server) -> float:
+def foreign_cpu_seconds(server: Server) -> float:
     """Return what the whole machine has computed so far, but for this server, this process and its wrk."""
     user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split()[1:9])
     machine = (user + nice + system + sum(interrupts)) / TICKS_PER_S

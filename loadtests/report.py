@@ -82,7 +82,7 @@ def page(run: Run) -> str:
         _memory_table(run.memory),
         "Resident memory of all processes of a server, before and after all its load.",
         "## Conditions",
-        _table(("", ""), [("durations", run.durations), *run.conditions.items()]),
+        table(("", ""), [("durations", run.durations), *run.conditions.items()]),
         _disturbances(run.samples),
     ]
     parts += [f"Not measured: {name}, because {reason}." for name, reason in run.left_out.items()]
@@ -96,7 +96,7 @@ def _ratio_table(samples: Samples) -> str:
             continue
         cells = [_ratio_cell(servers[above], servers[below], least) for servers in samples.values()]
         rows.append((f"{above} / {below}", target, *cells))
-    return _table(("", "target", *map(_cell_name, samples)), rows)
+    return table(("", "target", *map(_cell_name, samples)), rows)
 
 
 def _ratio_cell(above: Sequence[Sample], below: Sequence[Sample], least: float) -> str:
@@ -111,7 +111,7 @@ def _cell_sections(samples: Samples) -> list[str]:
     parts = []
     for cell, servers in samples.items():
         rows = [_server_row(name, rounds) for name, rounds in servers.items()]
-        parts += [f"## {_cell_name(cell)}", _table(header, rows)]
+        parts += [f"## {_cell_name(cell)}", table(header, rows)]
     return parts
 
 
@@ -137,7 +137,7 @@ def _memory_table(memory: Mapping[tuple[str, str], Memory]) -> str:
         (name, model, str(each.processes), f"{each.idle:.0f}", f"{each.loaded:.0f}", f"{each.loaded - each.idle:+.0f}")
         for (model, name), each in memory.items()
     ]
-    return _table(("server", "model", "processes", "idle MB", "loaded MB", "difference"), rows)
+    return table(("server", "model", "processes", "idle MB", "loaded MB", "difference"), rows)
 
 
 def _disturbances(samples: Samples) -> str:
@@ -158,6 +158,6 @@ def _cell_name(cell: Cell) -> str:
     return f"{model}, {connections} connection{'s' if connections > 1 else ''}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -125,6 +125,7 @@ def set_up(kinds: Iterable[str]) -> dict[str, str]:
         "wrk": lambda: shutil.which("wrk") is not None,
         "models": lambda: all((MODELS / f"{name}.onnx").is_file() and request_body(name).is_file() for name in NAMES),
         "mlserver": (BENCH / "mlserver" / "bin" / "mlserver").is_file,
+        "perf_analyzer": lambda: any((BENCH / "perf_analyzer").glob("x/*.data/data/bin/perf_analyzer")),
         "triton": lambda: (triton_home() / "backends/python/triton_python_backend_stub").is_file(),  # noqa: PLW0108  (after setup)
     }
     failed = {}

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Makes what bench.py and micro.py measure with, in the scratch folder $BENCH. What is there already is left alone.
-# usage: [BENCH=folder] [PYTHON=.venv/bin/python] loadtests/setup.sh [wrk] [models] [mlserver] [triton]     (default: all four)
+# usage: [BENCH=folder] [PYTHON=.venv/bin/python] loadtests/setup.sh [wrk] [models] [mlserver] [triton] [perf_analyzer]     (default: all)
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 BENCH=${BENCH:-$HOME/.cache/servinggraph-bench}
@@ -44,7 +44,19 @@ make_triton() {
   cp "$server/python_backend_stubs/$version/triton_python_backend_stub" "$server/backends/python/"
 }
 
-[ $# -gt 0 ] || set -- wrk models mlserver triton
+make_perf_analyzer() {
+  # Triton's C++ load generator ships in this release of its client; it wants two more libraries.
+  packages libb64-0d unzip
+  mkdir -p "$BENCH/perf_analyzer"
+  (
+    cd "$BENCH/perf_analyzer"
+    "$PYTHON" -m pip download --no-deps -q -d . tritonclient==2.41.1 nvidia-cuda-runtime-cu12
+    for wheel in *.whl; do unzip -o -q "$wheel" -d x; done
+    chmod +x x/*.data/data/bin/*
+  )
+}
+
+[ $# -gt 0 ] || set -- wrk models mlserver triton perf_analyzer
 for name in "$@"; do
   echo "setting up $name in $BENCH" >&2
   "make_$name"
