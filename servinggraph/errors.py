@@ -7,6 +7,7 @@
     │   ├── UnsupportedType        a free-form body's content type or charset cannot be taken
     │   └── NotAcceptable          the answer cannot be given in a type that the caller takes
     ├── GraphNotFound              no such graph, or no such version of it
+    ├── RegionNotFound             no such shared memory region
     ├── LimitExceeded              something is full: in-flight requests, a batch queue
     ├── RequestTooLarge            the body, or what it unpacks to, is over its limit
     ├── DeadlineExceeded           the request's time was up
@@ -38,6 +39,7 @@ __all__ = [
     "LimitExceeded",
     "NotAcceptable",
     "Problem",
+    "RegionNotFound",
     "RequestTooLarge",
     "ServingGraphError",
     "ShapeMismatch",
@@ -152,6 +154,12 @@ class NotAcceptable(InvalidRequest):
 
 class GraphNotFound(ServingGraphError):
     """No graph is served under this name, or not in this version."""
+
+    code = ErrorCode.NOT_FOUND
+
+
+class RegionNotFound(ServingGraphError):
+    """No shared memory region is registered under this name."""
 
     code = ErrorCode.NOT_FOUND
 

@@ -86,6 +86,12 @@ class FrontEndOptions(Options):
     max_connections: int = Field(4096, ge=1, description="Most open connections; one more gets 503 and is closed.")
     max_header_bytes: int = Field(65536, ge=256, description="Largest request line and headers in bytes; more gets 431.")
     max_tensors: int = Field(1024, ge=1, description="Most inputs, or requested outputs, of a request.")
+    allow_client_shm: bool = Field(
+        False,
+        description="Let clients register shared memory regions. Only for clients that are trusted with all shared memory "
+        "of the server's user.",
+    )
+    max_shm_regions: int = Field(1024, ge=1, description="Most shared memory regions of clients; one more gets 503.")
 
 
 @dataclass(frozen=True, slots=True)

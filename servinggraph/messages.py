@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from servinggraph.context import ParameterValue
 from servinggraph.tensors import Array
 
-__all__ = ["InferenceRequest", "InferenceResponse", "RequestedOutput"]
+__all__ = ["Destination", "InferenceRequest", "InferenceResponse", "RequestedOutput"]
+
+
+class Destination(Protocol):
+    """A part of a shared memory region that an output is written into.
+
+    Attributes:
+        region: name of the region.
+        offset: where in the region it begins.
+        byte_size: its length.
+    """
+
+    region: str
+    offset: int
+    byte_size: int
+
+    def write(self, data: memoryview | bytes) -> None:
+        """Write at its beginning; `data` has at most `byte_size` bytes."""
+        ...
 
 
 class RequestedOutput:
@@ -18,14 +36,18 @@ class RequestedOutput:
         name: name of the output tensor.
         binary: True or False where the request says how to send it, None where it does not.
         parameters: the entry's parameters as they came.
+        memory: where in shared memory its data goes; None when it is sent.
     """
 
-    __slots__ = ("binary", "name", "parameters")
+    __slots__ = ("binary", "memory", "name", "parameters")
 
-    def __init__(self, name: str, binary: bool | None, parameters: Mapping[str, Any]) -> None:
+    def __init__(
+        self, name: str, binary: bool | None, parameters: Mapping[str, Any], memory: Destination | None = None
+    ) -> None:
         self.name = name
         self.binary = binary
         self.parameters = parameters
+        self.memory = memory
 
 
 class InferenceRequest:

@@ -29,6 +29,11 @@ def _server_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     for name, field in reversed(ServerOptions.model_fields.items()):
         kind: Any = field.annotation if field.annotation in (int, float) else str
+        if field.annotation is bool:
+            command = click.option(f"--{name.replace('_', '-')}", name, is_flag=True, default=None, help=field.description)(
+                command
+            )
+            continue
         shown = field.default if field.default != "" else None
         command = click.option(
             f"--{name.replace('_', '-')}", name, type=kind, default=None,

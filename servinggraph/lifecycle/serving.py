@@ -8,6 +8,7 @@ from servinggraph.interfaces import FrontEndOptions
 from servinggraph.lifecycle.admission import Admission
 from servinggraph.lifecycle.catalog import Catalog
 from servinggraph.lifecycle.failures import FailureLog
+from servinggraph.lifecycle.shared_memory import SharedMemory
 
 __all__ = ["Serving"]
 
@@ -20,10 +21,12 @@ class Serving:
         catalog: the graphs.
         admission: slots for requests in flight.
         failures: where failures of graphs are logged.
+        memory: shared memory regions of clients.
     """
 
     def __init__(self, options: FrontEndOptions | None = None) -> None:
         self.options = options or FrontEndOptions()
         self.catalog = Catalog()
         self.admission = Admission(self.options.max_in_flight)
+        self.memory = SharedMemory(allowed=self.options.allow_client_shm, limit=self.options.max_shm_regions)
         self.failures = FailureLog(asyncio.get_running_loop().time)

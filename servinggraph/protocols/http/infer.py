@@ -28,6 +28,7 @@ class InferRoute(Exchange[EncodedResponse]):
     def __init__(self, serving: Serving, others: ASGIApp) -> None:
         super().__init__(serving, others)
         self._limits = RequestLimits(serving.options.max_tensors)
+        self._regions = serving.memory
         self._routes: dict[str, ServedGraph] = {}
         self._catalog.on_change(self._refresh)
 
@@ -48,7 +49,9 @@ class InferRoute(Exchange[EncodedResponse]):
             raise self.too_large()
         if b"content-encoding" in headers:
             body = await self.unpacked(body, headers[b"content-encoding"].decode("latin-1"))
-        request = parse_request(body, header_length_of(headers, len(body)), plan.name, plan.inputs, plan.outputs, self._limits)
+        request = parse_request(
+            body, header_length_of(headers, len(body)), plan.name, plan.inputs, plan.outputs, self._limits, self._regions
+        )
         context.id = request.id
         context.headers = Headers(raw_headers)
         context.graph = plan.name

@@ -11,14 +11,14 @@ from servinggraph.tensors import TensorSpec
 __all__ = ["EXTENSIONS", "PLATFORM", "model_metadata", "server_metadata"]
 
 EXTENSIONS: Final = ("binary_tensor_data", "parameters", "schedule_policy")
-"""Protocol extensions that work here; names as Triton's."""
+"""Protocol extensions that always work here; names as Triton's."""
 
 PLATFORM: Final = "servinggraph_graph"
 
 
-def server_metadata(name: str, version: str) -> dict[str, Any]:
-    """Return the server's metadata."""
-    return {"name": name, "version": version, "extensions": list(EXTENSIONS)}
+def server_metadata(name: str, version: str, more_extensions: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the server's metadata; `more_extensions` are those that only some servers offer."""
+    return {"name": name, "version": version, "extensions": [*EXTENSIONS, *more_extensions]}
 
 
 def model_metadata(plan: Plan, versions: Sequence[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from servinggraph.messages import InferenceRequest, RequestedOutput
 from servinggraph.protocols.v2.binary_data import decode_bytes
 from servinggraph.protocols.v2.checks import check_input, check_names
 from servinggraph.protocols.v2.json_data import decode_data, parse_json, shown
+from servinggraph.protocols.v2.shared_memory import REGION, Regions, input_in_region, output_in_region
 from servinggraph.tensors import DATATYPES, Array, TensorSpec, element_count
 
 __all__ = ["RequestLimits", "parse_request"]
@@ -38,6 +39,7 @@ def parse_request(
     declared: Mapping[str, TensorSpec],
     known_outputs: Mapping[str, TensorSpec] | None,
     limits: RequestLimits,
+    regions: Regions | None = None,
 ) -> InferenceRequest:
     """Decode and check the body of an inference request.
 
@@ -49,8 +51,11 @@ def parse_request(
         declared: its inputs.
         known_outputs: its outputs; None when they are not known before it runs.
         limits: bounds.
+        regions: shared memory of clients; None where it is not offered.
 
     Raises:
+        RegionNotFound: a tensor is in a shared memory region that is not registered.
+        Unsupported: it is in shared memory, which is not offered.
         InvalidRequest: with Triton's texts where it has one, and always the field at fault.
     """
     if header_length == 0:
@@ -70,7 +75,7 @@ def parse_request(
     elif type(request_id) is not str:
         raise InvalidRequest(f"Unable to parse 'id': expected text, got {shown(request_id)}")
     try:
-        return _parse(document, request_id, binary, model, declared, known_outputs, limits)
+        return _parse(document, request_id, binary, model, declared, known_outputs, limits, regions)
     except InvalidRequest as error:
         if request_id:
             error.message = f"[request id: {request_id}] {error.message}"
@@ -85,15 +90,11 @@ def _parse(
     declared: Mapping[str, TensorSpec],
     known_outputs: Mapping[str, TensorSpec] | None,
     limits: RequestLimits,
+    regions: Regions | None,
 ) -> InferenceRequest:
-    entries = document.get("inputs")
-    if type(entries) is not list:
-        raise InvalidRequest("Unable to parse 'inputs': attempt to access JSON non-array as array")
-    if len(entries) > limits.tensors:
-        raise InvalidRequest(f"the request has {len(entries)} inputs (limit 'max_tensors' = {limits.tensors})")
     inputs: dict[str, Array] = {}
     at = 0
-    for entry in entries:
+    for entry in _input_entries(document, limits):
         name, datatype, shape, parameters = _input_head(entry)
         if name in inputs:
             raise InvalidRequest(f"input '{name}' already exists in request")
@@ -104,6 +105,10 @@ def _parse(
             check_input(name, datatype, shape, spec, model)
         size = None if parameters is None else _binary_size(name, parameters)
         data = entry.get("data")
+        if parameters is not None and REGION in parameters:
+            _check_only_source(name, data, size)
+            inputs[name] = input_in_region(name, model, datatype, shape, parameters, _offered(regions, f"input '{name}'"))
+            continue
         if size is None:
             if data is None:
                 raise InvalidRequest(f"{_SOURCES}; '{name}' sets none")
@@ -129,8 +134,17 @@ def _parse(
         request.binary = _flag("binary_data_output", request.parameters.get("binary_data_output", False))
     outputs = document.get("outputs")
     if outputs is not None:
-        request.outputs = _outputs(outputs, model, known_outputs, limits)
+        request.outputs = _outputs(outputs, model, known_outputs, limits, regions)
     return request
+
+
+def _input_entries(document: dict[str, Any], limits: RequestLimits) -> list[Any]:
+    entries = document.get("inputs")
+    if type(entries) is not list:
+        raise InvalidRequest("Unable to parse 'inputs': attempt to access JSON non-array as array")
+    if len(entries) > limits.tensors:
+        raise InvalidRequest(f"the request has {len(entries)} inputs (limit 'max_tensors' = {limits.tensors})")
+    return entries
 
 
 def _input_head(entry: Any) -> tuple[str, str, tuple[int, ...], dict[str, Any] | None]:
@@ -176,12 +190,22 @@ def _binary_size(name: str, parameters: dict[str, Any]) -> int | None:
     for key in parameters:
         if key.startswith("triton_"):
             raise InvalidRequest(f"parameter keys starting with 'triton_' are reserved, got '{key}' on input '{name}'")
-    if "shared_memory_region" in parameters:
-        raise Unsupported(f"input '{name}' is in shared memory, which this server does not offer; send 'data' or binary data")
     size = parameters.get("binary_data_size")
     if size is not None and (type(size) is not int or size < 0):
         raise InvalidRequest(f"'binary_data_size' of input '{name}' is a whole number from 0 on, got {shown(size)}")
     return size
+
+
+def _check_only_source(name: str, data: Any, size: int | None) -> None:
+    if size is not None or data is not None:
+        other = "data" if size is None else "binary_data_size"
+        raise InvalidRequest(f"{_SOURCES}; '{name}' sets '{other}' and '{REGION}'")
+
+
+def _offered(regions: Regions | None, what: str) -> Regions:
+    if regions is None:
+        raise Unsupported(f"{what} has a '{REGION}', and this server offers no shared memory; use 'data' or binary data")
+    return regions
 
 
 def _request_parameters(parameters: Any) -> Mapping[str, ParameterValue]:
@@ -204,7 +228,11 @@ def _flag(name: str, value: Any) -> bool:
 
 
 def _outputs(
-    entries: Any, model: str, known: Mapping[str, TensorSpec] | None, limits: RequestLimits
+    entries: Any,
+    model: str,
+    known: Mapping[str, TensorSpec] | None,
+    limits: RequestLimits,
+    regions: Regions | None,
 ) -> tuple[RequestedOutput, ...]:
     if type(entries) is not list:
         raise InvalidRequest("Unable to parse 'outputs': attempt to access JSON non-array as array")
@@ -223,13 +251,15 @@ def _outputs(
             continue
         if type(parameters) is not dict:
             raise InvalidRequest(f"Unable to parse 'parameters' of output '{name}': expected an object")
-        for key in ("shared_memory_region", "classification"):
-            if parameters.get(key):
-                raise Unsupported(f"output '{name}' asks for '{key}', which this server does not offer")
+        if parameters.get("classification"):
+            raise Unsupported(f"output '{name}' asks for 'classification', which this server does not offer")
         binary = parameters.get("binary_data")
         if binary is not None:
             binary = _flag("binary_data", binary)
-        requested.setdefault(name, RequestedOutput(name, binary, parameters))
+        wanted = RequestedOutput(name, binary, parameters)
+        if REGION in parameters:
+            wanted.memory = output_in_region(name, parameters, _offered(regions, f"output '{name}'"))
+        requested.setdefault(name, wanted)
     return tuple(requested.values())
 
 

@@ -11,9 +11,10 @@ import orjson
 
 from servinggraph.context import ParameterValue
 from servinggraph.errors import InvalidRequest, StepFailed
-from servinggraph.messages import InferenceRequest, InferenceResponse
+from servinggraph.messages import Destination, InferenceRequest, InferenceResponse
 from servinggraph.protocols.v2.binary_data import encode_bytes
 from servinggraph.protocols.v2.json_data import encodable, encode_data
+from servinggraph.protocols.v2.shared_memory import check_fits
 from servinggraph.tensors import Array, datatype_of
 
 __all__ = ["EncodedResponse", "encode_response"]
@@ -33,19 +34,26 @@ class EncodedResponse(NamedTuple):
 def encode_response(response: InferenceResponse, request: InferenceRequest) -> EncodedResponse:
     """Encode the answer to a request, each output as the request asked for it.
 
+    Outputs that the request asked for in shared memory are written there, once everything
+    else is known to be right; the answer then has their datatype and shape alone.
+
     Raises:
-        InvalidRequest: the request asked for an output that is not there.
+        InvalidRequest: the request asked for an output that is not there, or gave it too little shared memory.
         StepFailed: an output has a dtype without a V2 datatype, or text that JSON cannot carry.
     """
     outputs = response.outputs
     entries: list[dict[str, Any]] = []
     parts: list[memoryview | bytes] = []
+    writes: list[tuple[Destination, memoryview | bytes]] = []
     if request.outputs:
         for wanted in request.outputs:
             if wanted.name not in outputs:
                 raise InvalidRequest(
                     f"unexpected inference output '{wanted.name}' for model '{response.model}', it gave {', '.join(outputs)}"
                 )
+            if wanted.memory is not None:
+                entries.append(_in_memory(wanted.name, outputs[wanted.name], wanted.memory, writes))
+                continue
             binary = request.binary if wanted.binary is None else wanted.binary
             entries.append(_entry(wanted.name, outputs[wanted.name], binary, parts))
     else:
@@ -58,6 +66,8 @@ def encode_response(response: InferenceResponse, request: InferenceRequest) -> E
         document["parameters"] = _parameters(response.parameters)
     document["outputs"] = entries
     text = _dumps(document)
+    for memory, data in writes:
+        memory.write(data)
     if any(len(part) for part in parts):
         return EncodedResponse(b"".join([text, *parts]), len(text))
     return EncodedResponse(text, None)
@@ -84,10 +94,25 @@ def _parameters(parameters: Mapping[str, Any]) -> dict[str, ParameterValue]:
     return plain
 
 
-def _entry(name: str, array: Array, binary: bool, parts: list[memoryview | bytes]) -> dict[str, Any]:
+def _datatype(name: str, array: Array) -> str:
     datatype = datatype_of(array)
     if datatype is None:
         raise StepFailed(f"output '{name}' has dtype {array.dtype}, which no V2 datatype stands for; convert it in the graph")
+    return datatype
+
+
+def _in_memory(
+    name: str, array: Array, memory: Destination, writes: list[tuple[Destination, memoryview | bytes]]
+) -> dict[str, Any]:
+    datatype = _datatype(name, array)
+    data = encode_bytes(name, datatype, array)
+    check_fits(name, data, memory)
+    writes.append((memory, data))
+    return {"name": name, "datatype": datatype, "shape": array.shape}
+
+
+def _entry(name: str, array: Array, binary: bool, parts: list[memoryview | bytes]) -> dict[str, Any]:
+    datatype = _datatype(name, array)
     if not binary:
         return {"name": name, "datatype": datatype, "shape": array.shape, "data": encode_data(name, datatype, array)}
     data = encode_bytes(name, datatype, array)

@@ -25,7 +25,8 @@ def routes(serving: Serving) -> list[Route]:
         return json_response({"ready": catalog.ready}, 200 if catalog.ready else 503)
 
     def metadata(request: Request) -> Response:
-        return json_response(server_metadata(serving.options.server_name, serving.options.server_version))
+        options = serving.options
+        return json_response(server_metadata(options.server_name, options.server_version, serving.memory.extensions))
 
     def models(request: Request) -> Response:
         return json_response({"models": sorted({graph.plan.name for graph in catalog.graphs()})})

@@ -11,7 +11,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-__all__ = ["MODEL", "VERSION", "json_response", "route"]
+from servinggraph.errors import InvalidRequest, RequestTooLarge
+from servinggraph.protocols.v2.json_data import parse_json
+
+__all__ = ["MODEL", "VERSION", "json_object", "json_response", "route"]
 
 MODEL: Final = "/v2/models/{name:segment}"
 VERSION: Final = MODEL + "/versions/{version:digits}"
@@ -41,6 +44,24 @@ def route(path: str, endpoint: Endpoint, *methods: str) -> Route:
     made = Route(path, call, methods=methods)
     made.methods = set(methods)  # Starlette adds HEAD, which V2 does not have
     return made
+
+
+async def json_object(request: Request, limit: int) -> dict[str, Any]:
+    """Read a body that is a JSON object; an empty one counts as an object without keys.
+
+    Raises:
+        RequestTooLarge: it has more than `limit` bytes.
+        InvalidRequest: it is no JSON, or no object.
+    """
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > limit:
+            raise RequestTooLarge(f"request size exceeds the maximum allowed: {limit} bytes (limit 'max_body_bytes')")
+    document = parse_json(bytes(body)) if body else {}
+    if type(document) is not dict:
+        raise InvalidRequest("failed to parse the request JSON buffer: expected an object at the top")
+    return document
 
 
 def json_response(document: Any, status: int = 200) -> Response:
