@@ -204,7 +204,7 @@ def _check_only_source(name: str, data: Any, size: int | None) -> None:
 
 def _offered(regions: Regions | None, what: str) -> Regions:
     if regions is None:
-        raise Unsupported(f"{what} has a '{REGION}', and this server offers no shared memory; use 'data' or binary data")
+        raise Unsupported(f"{what} is in shared memory ('{REGION}'), which is not offered here; use 'data' or binary data")
     return regions
 
 
