@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements/lock.txt
 GRAPH ?= examples/digits/graph.yaml
 
-.PHONY: install serve test lint coverage bench lock clean
+.PHONY: install serve test lint coverage bench proto lock clean
 
 install: .venv/.installed          ## .venv with the servinggraph command in it
 
@@ -31,9 +31,12 @@ bench: .venv/.dev                  ## ours beside the peers; takes about 15 minu
 	scripts/system-packages.sh wrk=wrk
 	$(BIN)/python loadtests/bench.py
 
+proto: .venv/.dev                  ## messages of the gRPC front end from their .proto files
+	$(BIN)/python scripts/proto.py
+
 lock:                              ## resolve requirements/lock.txt anew
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml requirements/dev.in --extra onnx --extra plot --extra test \
+	$(BIN)/uv pip compile pyproject.toml requirements/dev.in --extra grpc --extra onnx --extra plot --extra test \
 	  --no-header --no-emit-index-url --no-annotate --python-version 3.11 --upgrade -o requirements/lock.txt
 
 clean:
@@ -43,9 +46,9 @@ clean:
 	scripts/venv.sh $(PYTHON)
 
 .venv/.installed: .venv/bin/python pyproject.toml requirements/lock.txt
-	$(PIP) --editable '.[onnx,plot]'
+	$(PIP) --editable '.[grpc,onnx,plot]'
 	touch $@
 
 .venv/.dev: .venv/.installed requirements/dev.in
-	$(PIP) --editable '.[onnx,plot,test]' --requirement requirements/dev.in
+	$(PIP) --editable '.[grpc,onnx,plot,test]' --requirement requirements/dev.in
 	touch $@

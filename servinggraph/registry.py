@@ -23,10 +23,11 @@ ROUTERS: Final[Mapping[str, str]] = {
     "ensemble": "servinggraph.routers.ensemble:Ensemble",
 }
 PROTOCOLS: Final[Mapping[str, str]] = {
+    "grpc": "servinggraph.protocols.grpc.server:GrpcFrontEnd",
     "http": "servinggraph.protocols.http.server:HttpFrontEnd",
 }
 
-_EXTRAS: Final = {"onnx": "onnx"}
+_EXTRAS: Final = {"onnx": "onnx", "grpc": "grpc"}
 """Kinds whose packages do not come with the base installation, and the extra that brings them."""
 
 _TABLES: Final = {"steps": STEPS, "routers": ROUTERS, "protocols": PROTOCOLS}

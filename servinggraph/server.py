@@ -16,6 +16,7 @@ from pydantic import Field
 
 from servinggraph.compiler import compile_source
 from servinggraph.errors import GraphInvalid, Problem
+from servinggraph.importing import ImportProblem
 from servinggraph.interfaces import FrontEndOptions
 from servinggraph.lifecycle import Serving
 from servinggraph.plan import Plan
@@ -176,7 +177,10 @@ class Server:
             if protocol not in kinds("protocols"):
                 have = ", ".join(kinds("protocols"))
                 raise CannotServe(f"--{protocol}-port {port}: no {protocol} front end is installed; there is {have}")
-            front_end = load_kind("protocols", protocol)(self.serving, options.host, port)
+            try:
+                front_end = load_kind("protocols", protocol)(self.serving, options.host, port)
+            except ImportProblem as error:
+                raise CannotServe(f"--{protocol}-port {port}: {error}") from None
             try:
                 front_end.bind()
             except OSError as error:

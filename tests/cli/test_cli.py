@@ -122,7 +122,18 @@ def test_an_option_out_of_range_names_the_option(folder):
 
 
 def test_a_front_end_that_is_not_installed_is_said(folder):
-    assert "--grpc-port 8081: no grpc front end is installed" in fails("serve", "graph.yaml", "--grpc-port", "8081")
+    (folder / "grpc.py").write_text("raise ModuleNotFoundError(\"No module named 'grpc'\", name='grpc')\n")
+    done = subprocess.run(
+        [*COMMAND, "serve", "graph.yaml", "--http-port", "0", "--grpc-port", "0"],
+        env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert 1 == done.returncode
+    assert done.stderr.startswith("--grpc-port 0: ")
+    assert done.stderr.endswith("pip install 'servinggraph[grpc]'\n")
+
+
+def test_no_front_end_at_all_is_refused(folder):
     assert "every front end is off" in fails("serve", "graph.yaml", "--http-port", "off")
 
 

@@ -16,6 +16,7 @@ import pytest
 from servinggraph import Graph
 from servinggraph.interfaces import FrontEndOptions
 from servinggraph.lifecycle import Serving
+from servinggraph.protocols.grpc.server import GrpcFrontEnd
 from servinggraph.protocols.http.server import HttpFrontEnd
 from servinggraph.server import new_event_loop
 
@@ -76,8 +77,10 @@ class Connection:
         self.socket.close()
 
 
-class HttpServer:
+class LiveServer:
     """A server with a port, on an event loop of its own in a thread."""
+
+    front_end: Callable[[Serving, str, int], Any]
 
     def __init__(self, graphs: tuple[Graph, ...], options: dict[str, Any]) -> None:
         self._plans = [graph.compile() for graph in graphs]
@@ -105,7 +108,7 @@ class HttpServer:
         self._stop = asyncio.Event()
         self.serving = Serving(self._options)
         self.catalog, self.admission = self.serving.catalog, self.serving.admission
-        front_end = HttpFrontEnd(self.serving, "127.0.0.1", 0)
+        front_end = type(self).front_end(self.serving, "127.0.0.1", 0)
         front_end.bind()
         await self.catalog.load(self._plans)
         await front_end.start()
@@ -126,6 +129,18 @@ class HttpServer:
     @property
     def in_flight(self) -> int:
         return self.admission.in_flight
+
+
+class GrpcServer(LiveServer):
+    """A gRPC server; what speaks to it is up to the test."""
+
+    front_end = GrpcFrontEnd
+
+
+class HttpServer(LiveServer):
+    """An HTTP server, and ways to speak to it."""
+
+    front_end = HttpFrontEnd
 
     def connect(self) -> Connection:
         return Connection(self.port)
@@ -168,19 +183,33 @@ def until() -> Callable[..., Any]:
 def shared_server() -> Iterator[Callable[..., HttpServer]]:
     """Return what starts an HTTP server that ends with the module."""
     with ExitStack() as stack:
-        yield _starter(stack)
+        yield _starter(stack, HttpServer)
 
 
 @pytest.fixture
 def http_server() -> Iterator[Callable[..., HttpServer]]:
     """Return what starts an HTTP server that ends with the test."""
     with ExitStack() as stack:
-        yield _starter(stack)
+        yield _starter(stack, HttpServer)
 
 
-def _starter(stack: ExitStack) -> Callable[..., HttpServer]:
-    def start(*graphs: Graph, **options: Any) -> HttpServer:
-        server = HttpServer(graphs, options)
+@pytest.fixture(scope="module")
+def shared_grpc_server() -> Iterator[Callable[..., GrpcServer]]:
+    """Return what starts a gRPC server that ends with the module."""
+    with ExitStack() as stack:
+        yield _starter(stack, GrpcServer)
+
+
+@pytest.fixture
+def grpc_server() -> Iterator[Callable[..., GrpcServer]]:
+    """Return what starts a gRPC server that ends with the test."""
+    with ExitStack() as stack:
+        yield _starter(stack, GrpcServer)
+
+
+def _starter(stack: ExitStack, kind: type[Any]) -> Callable[..., Any]:
+    def start(*graphs: Graph, **options: Any) -> Any:
+        server = kind(graphs, options)
         stack.callback(server.stop)
         return server
 
