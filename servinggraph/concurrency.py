@@ -1,4 +1,4 @@
-"""Running several awaitables side by side, calls with a time limit, and blocking calls in threads.
+"""Running several awaitables side by side, calls with a time limit, blocking calls in threads, and ending generators.
 
 What asyncio lacks for the hot path: futures that exist already are not wrapped in tasks, a
 time limit asks nobody for the running loop, and a call in a thread costs one queue and one
@@ -8,15 +8,33 @@ wake-up instead of two futures.
 from __future__ import annotations
 
 import asyncio
+import inspect
+import logging
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Final
 
 from servinggraph.context import Context
 from servinggraph.errors import DeadlineExceeded, Unavailable
 
-__all__ = ["WorkerThreads", "cancel_all", "run_all", "run_until", "started"]
+__all__ = [
+    "GeneratorInThreads",
+    "WorkerThreads",
+    "aclose_generator",
+    "cancel_all",
+    "close_generator",
+    "run_all",
+    "run_until",
+    "started",
+]
+
+logger = logging.getLogger("servinggraph.executor")
+
+_CLOSINGS: Final = 3
+"""How often a generator is told to end that catches GeneratorExit and goes on."""
+
+_END: Final = object()
 
 
 async def run_until(
@@ -179,3 +197,101 @@ def _settle(future: asyncio.Future[Any], context: Context, result: Any, error: B
         future.set_exception(wrapped)
     else:
         future.set_exception(error)
+
+
+def close_generator(generator: Any) -> None:
+    """End a plain generator; one that catches GeneratorExit and goes on is told a few times.
+
+    Raises:
+        RuntimeError: it goes on for all that.
+        BaseException: whatever its `finally` blocks raise.
+    """
+    for left in reversed(range(_CLOSINGS)):
+        try:
+            generator.close()
+            break
+        except RuntimeError:
+            if not left or getattr(generator, "gi_frame", None) is None:  # ended, by an error of its own
+                raise
+
+
+async def aclose_generator(generator: Any) -> None:
+    """End an async generator, as `close_generator` ends a plain one.
+
+    Raises:
+        RuntimeError: it goes on for all that.
+        BaseException: whatever its `finally` blocks raise.
+    """
+    if not inspect.isasyncgen(generator):
+        await generator.aclose()
+        return
+    for _ in range(_CLOSINGS):
+        if generator.ag_frame is None:
+            return
+        try:
+            await generator.athrow(GeneratorExit)  # not `aclose`, after which nothing more can be thrown
+        except (GeneratorExit, StopAsyncIteration):
+            return
+    raise RuntimeError("async generator ignored GeneratorExit")
+
+
+class GeneratorInThreads:
+    """An async iterator over a plain generator that blocks: each step of it runs in a thread, its end as well.
+
+    Args:
+        threads: where.
+        generator: the generator, not yet begun.
+        context: its request's context; its slot is held while a step runs.
+    """
+
+    def __init__(self, threads: WorkerThreads, generator: Generator[Any, None, None], context: Context) -> None:
+        self._threads = threads
+        self._generator = generator
+        self._context = context
+        self._lock = threading.Lock()
+        self._runs = False
+        self._closed = False
+
+    async def __anext__(self) -> Any:
+        try:
+            item = await self._threads.call(self._step, None, self._context)
+        except StopAsyncIteration as error:  # the generator's own mistake, and not its end
+            raise RuntimeError("generator raised StopAsyncIteration") from error
+        if item is _END:
+            raise StopAsyncIteration
+        return item
+
+    async def aclose(self) -> None:
+        """End the generator; when a step of it runs, the thread does so at the end of the step, and this does not wait."""
+        with self._lock:
+            self._closed = True
+            if self._runs:
+                return
+        if inspect.getgeneratorstate(self._generator) != inspect.GEN_SUSPENDED:
+            self._generator.close()  # not begun, or at its end: nothing of it runs
+            return
+        try:
+            closing: Awaitable[None] = self._threads.call(self._close, None, self._context)
+        except Unavailable:  # the step was unloaded meanwhile
+            closing = asyncio.to_thread(close_generator, self._generator)
+        await asyncio.shield(closing)  # a call that is cancelled before it has begun would never run
+
+    def _step(self, _value: Any, _context: Context) -> Any:
+        with self._lock:
+            if self._closed:
+                return _END
+            self._runs = True
+        try:
+            return next(self._generator, _END)
+        finally:
+            with self._lock:
+                self._runs = False
+                closed = self._closed
+            if closed:
+                try:
+                    close_generator(self._generator)
+                except BaseException:
+                    logger.exception("a generator failed while it was closed")
+
+    def _close(self, _value: Any, _context: Context) -> None:
+        close_generator(self._generator)

@@ -102,10 +102,14 @@ class Operation:
         call: takes (value, context); returns the value, or an awaitable of it.
         suspends: True when the result is an awaitable. A stretch of operations that do
             not suspend is run by plain calls.
+        streams: True when `call` returns, at once, an iterator of any number of values: an
+            async one with `__anext__` and `aclose` where `suspends`, else a plain one with
+            `__next__` and `close`.
     """
 
     call: Callable[[Any, Context], Any]
     suspends: bool
+    streams: bool = False
 
     @property
     def handler(self) -> Handler:
@@ -164,10 +168,12 @@ class Step(ABC, Generic[OptionsT]):
         options: the validated options.
         base: folder that relative paths start from.
         gives_row_errors: False when the step never returns `RowErrors`.
+        streams: True, from `prepare` on, when it gives any number of values: its operation streams.
     """
 
     options_type: ClassVar[type[Options]]
     gives_row_errors: bool = True
+    streams: bool = False
 
     def __init__(self, name: str, options: OptionsT, base: Path) -> None:
         self.name = name

@@ -34,6 +34,7 @@ class PlanNode:
         batch: what the graph says of batching; None when it is silent.
         outputs: declared outputs, checked on every answer; None when nothing is declared.
         signature: what it takes and gives as far as known, names as outside the node.
+        streams: True when it gives any number of values, one after the other: a generator.
     """
 
     name: str
@@ -48,6 +49,7 @@ class PlanNode:
     batch: BatchPolicy | bool | None = None
     outputs: Mapping[str, TensorSpec] | None = None
     signature: Signature = field(default_factory=Signature)
+    streams: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,11 @@ class Plan:
     timeout_s: float | None = None
     batch: BatchPolicy | None = None
     source: str | None = None
+
+    @property
+    def decoupled(self) -> bool:
+        """True when a request may have any number of answers, because a node is a generator."""
+        return any(node.streams for node in self.nodes)
 
     def every_node(self) -> list[PlanNode]:
         """Return all nodes, branches of routers included, parents first."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from servinggraph.compiler.nodes import NodeCompiler, Tensors
 from servinggraph.compiler.options import validated
-from servinggraph.compiler.topology import ordered, sources_of
+from servinggraph.compiler.topology import ordered, sources_of, stream_problems
 from servinggraph.errors import GraphInvalid, Problem, nearest
 from servinggraph.plan import INPUTS, Plan, PlanNode
 from servinggraph.spec import GraphSpec, Source
@@ -72,6 +72,7 @@ def compile_graph(
         behind[name] = node.signature.outputs if node else None
         if node is not None:
             nodes[name] = node
+    problems.extend(stream_problems(order, sources, {name for name, node in nodes.items() if node.streams}, spec, source))
     _check_replacements(replace, nodes, spec, problems)
     outputs = _answer(spec, behind.get(spec.answer or ""), source, problems)
     if problems:

@@ -72,7 +72,7 @@ class NodeCompiler:
         if work is None or signature is None:
             return None
         self._check_inputs(signature, inside, path, name)
-        self._check_batch(spec, signature, path, name)
+        self._check_batch(work, spec, signature, path, name)
         declared = {tensor: model.spec() for tensor, model in spec.outputs.items()} if spec.outputs else None
         outputs = self._outputs(signature.outputs, declared, spec, given, path, name)
         kind = spec.step or spec.router or ""
@@ -89,6 +89,7 @@ class NodeCompiler:
             batch=spec.batch,
             outputs=declared,
             signature=Signature(signature.inputs, outputs),
+            streams=isinstance(work, Step) and work.streams,
         )
         return None if len(self.problems) > found else node
 
@@ -136,7 +137,12 @@ class NodeCompiler:
             if branch.after is not None:
                 self._report("a branch has no 'after': its router decides when it runs", (*place, "after"), f"{name}.{short}")
             node = self.node(f"{name}.{short}", branch, place, (), inside)
-            if node is not None:
+            if node is not None and node.streams:
+                text = (
+                    "is a generator, and a router takes one value of each branch: put the generator before or behind the router"
+                )
+                self._report(text, place, f"{name}.{short}")
+            elif node is not None:
                 branches[short] = node
         return branches
 
@@ -190,9 +196,17 @@ class NodeCompiler:
             if reason:
                 self._report(f"input '{tensor}' does not fit: its {reason}", path, name)
 
-    def _check_batch(self, spec: NodeSpec, signature: Signature, path: KeyPath, name: str) -> None:
+    def _check_batch(
+        self, work: Step[Any] | Router[Any], spec: NodeSpec, signature: Signature, path: KeyPath, name: str
+    ) -> None:
         if not isinstance(spec.batch, BatchPolicy) and spec.batch is not True:
             return
+        if isinstance(work, Step) and work.streams:
+            text = (
+                "cannot batch: it is a generator, and a batch has one result for each request; "
+                "remove 'batch', which the steps behind it may have"
+            )
+            self._report(text, (*path, "batch"), name)
         for side, tensors in (("input", signature.inputs), ("output", signature.outputs)):
             for tensor, known in (tensors or {}).items():
                 if known.shape is not None and (not known.shape or known.shape[0] != -1):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from servinggraph.errors import Problem, nearest
 from servinggraph.plan import INPUTS
 from servinggraph.spec import GraphSpec
 from servinggraph.spec.source import Source
 
-__all__ = ["ordered", "sources_of"]
+__all__ = ["ordered", "sources_of", "stream_problems"]
 
 
 def sources_of(spec: GraphSpec, source: Source, problems: list[Problem]) -> dict[str, tuple[str, ...]]:
@@ -61,6 +61,45 @@ def ordered(sources: Mapping[str, tuple[str, ...]], spec: GraphSpec, source: Sou
         done.update(ready)
         waiting = [name for name in waiting if name not in done]
     return order
+
+
+def stream_problems(
+    order: Sequence[str], sources: Mapping[str, tuple[str, ...]], streaming: Collection[str], spec: GraphSpec, source: Source
+) -> list[Problem]:
+    """Return what stands in the way of the graph's generators, which give any number of values.
+
+    Args:
+        order: all nodes, each after its sources.
+        sources: each node's predecessors.
+        streaming: the nodes that are generators.
+        spec: the graph.
+        source: its definition, for lines.
+    """
+    problems: list[Problem] = []
+    if spec.batch is not None and streaming:
+        first = next(name for name in spec.nodes if name in streaming)
+        text = (
+            f"'batch' joins whole requests, and node '{first}' is a generator, which "
+            "gives each any number of answers; give 'batch' to nodes behind it"
+        )
+        problems.append(source.problem(text, ("batch",)))
+    # The generators that each node comes after, itself included, in order.
+    behind: dict[str, tuple[str, ...]] = {INPUTS: ()}
+    for name in order:
+        longest = max((behind[predecessor] for predecessor in sources[name]), key=len)
+        for predecessor in sources[name]:
+            chain = behind[predecessor]
+            if chain != longest[: len(chain)]:
+                differ = next((a, b) for a, b in zip(chain, longest, strict=False) if a != b)
+                one, other = (generator for generator in spec.nodes if generator in differ)
+                text = (
+                    f"the streams of '{one}' and '{other}' meet here, and nothing says which of their items belong together: "
+                    "let one generator follow the other, or give a single value"
+                )
+                problems.append(source.problem(text, ("nodes", name, "after"), name))
+                break
+        behind[name] = (*longest, name) if name in streaming else longest
+    return problems
 
 
 def _cycle(sources: Mapping[str, tuple[str, ...]]) -> list[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from servinggraph.batching import Batcher
 from servinggraph.concurrency import run_until
 from servinggraph.context import Context
-from servinggraph.errors import ServingGraphError, StepFailed
+from servinggraph.errors import ServingGraphError, StepFailed, Unsupported
+from servinggraph.executor.streams import END, Streaming
 from servinggraph.executor.stretches import named, run_plan
 from servinggraph.executor.wiring import router_operation, step_operation, unshared, wrapped
 from servinggraph.interfaces import BatchPolicy, Handler, Operation, Router, Step
@@ -38,6 +39,7 @@ class Executor:
         ]
         self._run: Handler = _not_started
         self._suspends = False
+        self._streaming: Streaming | None = None
         self._loop = asyncio.get_running_loop()
         self.now = self._loop.time
 
@@ -61,6 +63,10 @@ class Executor:
     def _build(self, policies: Mapping[str, Any]) -> None:
         """Make the callable that runs requests of what the steps' loads have given."""
         operations = {node.name: self._operation(node, policies) for node in self.plan.nodes}
+        if self.plan.decoupled:
+            self._streaming = Streaming(self.plan.nodes, operations, self.plan.answer)
+            self._run = _one_answer_only
+            return
         first = self.plan.nodes[0]
         if len(operations) == 1 and self._is_bare_batcher(first, operations[first.name]):
             whole = operations[first.name]  # it names its errors and looks at the deadline itself
@@ -91,6 +97,7 @@ class Executor:
             context: its identity and limits; the plan's own time limit narrows its deadline.
 
         Raises:
+            Unsupported: the plan is decoupled: use `stream`.
             ServingGraphError: with the node that failed.
         """
         seconds = self.plan.timeout_s
@@ -106,8 +113,49 @@ class Executor:
             context.abandon()  # what still runs for it, in a thread say, runs in vain
             raise
 
+    async def stream(self, value: Any, context: Context) -> AsyncGenerator[Any, None]:
+        """Run one request that may have any number of answers; see `run`.
+
+        An answer is made when it is asked for. Between two answers the event loop gets its
+        turn. Close this (`aclosing`) unless it has ended: only then do its generators end.
+        """
+        streaming = self._streaming
+        if streaming is None:
+            yield await self.run(value, context)
+            return
+        if self.plan.timeout_s is not None:
+            end = self.now() + self.plan.timeout_s
+            context.deadline = end if context.deadline is None else min(end, context.deadline)
+        run = streaming.begin(value)
+        loop = self._loop
+        try:
+            while True:
+                task = asyncio.current_task(loop)
+                assert task is not None
+                asked = task.cancelling()
+                if context.deadline is None:
+                    answer = await streaming.advance(run, context)
+                else:
+                    late = "Request timeout expired"
+                    answer = await run_until(context.deadline, loop, streaming.advance, run, context, late)
+                if task.cancelling() > asked:  # a generator that caught its cancellation would never end
+                    raise asyncio.CancelledError
+                if answer is END:
+                    return
+                yield answer
+                # Plain generators with a fast reader would never let anybody else run.
+                await asyncio.sleep(0)
+        except BaseException:
+            context.abandon()
+            raise
+        finally:
+            await run.close()
+
     def _operation(self, node: PlanNode, policies: Mapping[str, Any]) -> Operation:
         """Return a node's finished operation; branches of routers first."""
+        if node.streams:
+            assert isinstance(node.work, Step)
+            return node.work.operation()  # what else its definition asks for is done to each item
         if isinstance(node.work, Router):
             branches = {short: self._branch(branch, policies) for short, branch in node.branches.items()}
             operation = router_operation(node.work, branches)
@@ -170,6 +218,10 @@ def _unloaded(step: Step[Any]) -> None:
         step.unload()
     except BaseException as error:  # a task would let SystemExit through to the event loop, and StopIteration be lost
         raise StepFailed.because_of(error) from error
+
+
+async def _one_answer_only(value: Any, context: Context) -> Any:
+    raise Unsupported("the graph gives any number of answers (it is decoupled), and this call takes exactly one")
 
 
 async def _not_started(value: Any, context: Context) -> Any:

@@ -7,7 +7,7 @@ something are ready at once does a request get tasks, in one TaskGroup.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from time import perf_counter
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ from servinggraph.executor.wiring import SLOW_STEP_S, SlowSteps, as_failure, rea
 from servinggraph.interfaces import Operation
 from servinggraph.plan import INPUTS, PlanNode
 
-__all__ = ["named", "run_plan"]
+__all__ = ["Branching", "RunState", "named", "run_plan", "stretches_of", "takers_of"]
 
 Runner = Callable[[Any, Context], Any]
 
@@ -30,10 +30,10 @@ def run_plan(nodes: Sequence[PlanNode], operations: Mapping[str, Operation], ans
         operations: what each node does.
         answer: the node whose result is the answer.
     """
-    stretches = _stretches(nodes)
+    stretches = stretches_of(nodes, takers_of(nodes))
     if len(stretches) == 1:
         return named([(node.name, operations[node.name]) for node in stretches[0]])
-    return _Branching(stretches, operations, answer).operation()
+    return Branching(stretches, operations, answer).operation()
 
 
 def named(steps: Sequence[tuple[str, Operation]]) -> Operation:
@@ -112,12 +112,17 @@ def _awaiting(steps: Sequence[tuple[str, Operation]], clock: Callable[[], float]
     return run
 
 
-def _stretches(nodes: Sequence[PlanNode]) -> list[list[PlanNode]]:
-    """Cut the graph where data forks or joins; what lies between is a stretch."""
+def takers_of(nodes: Sequence[PlanNode]) -> dict[str, int]:
+    """Return how many nodes take each node's result."""
     takers: dict[str, int] = {}
     for node in nodes:
         for name in node.sources:
             takers[name] = takers.get(name, 0) + 1
+    return takers
+
+
+def stretches_of(nodes: Sequence[PlanNode], takers: Mapping[str, int]) -> list[list[PlanNode]]:
+    """Cut the graph where data forks or joins; what lies between is a stretch."""
     stretches: list[list[PlanNode]] = []
     ending: dict[str, list[PlanNode]] = {}
     for node in nodes:
@@ -136,7 +141,7 @@ _MISSING: Final = object()
 """Stands for the result of a stretch that has not run."""
 
 
-class _Request:
+class RunState:
     """The state of one request in a branching graph."""
 
     __slots__ = ("context", "group", "results", "waiting")
@@ -148,28 +153,49 @@ class _Request:
         self.group: asyncio.TaskGroup | None = None
 
 
-class _Branching:
+class Branching:
     """Runs stretches as their inputs become ready.
 
     The task that finishes a stretch goes on with one that this made ready; only further
     ones that suspend become tasks of their own.
+
+    Args:
+        stretches: in an order in which each comes after its sources.
+        operations: what each node does.
+        answer: the node whose result is the answer.
+        given: names of the values that are there from the beginning.
+        shared: names of values that others take as well, besides these stretches.
     """
 
-    def __init__(self, stretches: list[list[PlanNode]], operations: Mapping[str, Operation], answer: str) -> None:
+    def __init__(
+        self,
+        stretches: list[list[PlanNode]],
+        operations: Mapping[str, Operation],
+        answer: str,
+        given: Sequence[str] = (INPUTS,),
+        shared: Collection[str] = (),
+    ) -> None:
         number_of = {stretch[-1].name: index for index, stretch in enumerate(stretches)}
         joined = [named([(node.name, operations[node.name]) for node in stretch]) for stretch in stretches]
         self._calls: list[Runner] = [operation.call for operation in joined]
         self._suspends = [operation.suspends for operation in joined]
-        # The request's tensors are the result behind the last stretch.
+        # What is given are the results behind the last stretch; it is all there at once, so it counts as one.
         self._inputs_at = len(stretches)
-        number_of[INPUTS] = self._inputs_at
+        number_of |= {name: self._inputs_at + index for index, name in enumerate(given)}
         sources = [[number_of[name] for name in stretch[0].sources] for stretch in stretches]
         self._targets: list[list[int]] = [[] for _ in range(len(stretches) + 1)]
+        self._waiting: list[int] = []
         for index, numbers in enumerate(sources):
-            for number in numbers:
+            awaited = {min(number, self._inputs_at) for number in numbers}
+            self._waiting.append(len(awaited))
+            for number in awaited:
                 self._targets[number].append(index)
-        self._waiting = [len(numbers) for numbers in sources]
-        self._forks = [len(targets) > 1 for targets in self._targets]
+        taken = [sum(number in numbers for numbers in sources) for number in range(len(stretches) + len(given))]
+        self._forks = [times > 1 for times in taken]
+        for name in shared:
+            self._forks[number_of[name]] = True
+        self._number_of = number_of
+        self._nothing = [_MISSING] * len(stretches)
         self._collect = [
             _collector(stretch[0], numbers, self._forks) for stretch, numbers in zip(stretches, sources, strict=True)
         ]
@@ -186,12 +212,12 @@ class _Branching:
         """Tell whether two stretches that suspend can be under way at once: neither comes after the other."""
         ancestors: list[set[int]] = []
         for numbers in sources:
-            ancestors.append({a for n in numbers if n != self._inputs_at for a in (*ancestors[n], n)})
+            ancestors.append({a for n in numbers if n < self._inputs_at for a in (*ancestors[n], n)})
         suspending = [index for index, suspends in enumerate(self._suspends) if suspends]
         return any(a not in ancestors[b] for i, b in enumerate(suspending) for a in suspending[:i])
 
-    def _begin(self, value: Any, context: Context) -> _Request:
-        request = _Request([_MISSING] * len(self._targets), self._waiting.copy(), context)
+    def _begin(self, value: Any, context: Context) -> RunState:
+        request = RunState([_MISSING] * len(self._targets), self._waiting.copy(), context)
         request.results[self._inputs_at] = read_only(value) if self._forks[self._inputs_at] else value
         return request
 
@@ -224,7 +250,7 @@ class _Branching:
             raise StepFailed("a node before it was cancelled from inside").at(self._answer)
         return answer
 
-    async def _walk(self, request: _Request, plain: list[int], follow: int | None) -> None:
+    async def _walk(self, request: RunState, plain: list[int], follow: int | None) -> None:
         """Run stretches until none is ready that no other task has taken on."""
         while True:
             if plain:
@@ -244,7 +270,7 @@ class _Branching:
                 else:
                     self._spawn(request, next_one)
 
-    def _ready_after(self, request: _Request, index: int) -> tuple[list[int], int | None]:
+    def _ready_after(self, request: RunState, index: int) -> tuple[list[int], int | None]:
         """Return what a finished stretch made ready: those that do not suspend, and one that does."""
         plain: list[int] = []
         follow: int | None = None
@@ -260,11 +286,11 @@ class _Branching:
                 self._spawn(request, target)
         return plain, follow
 
-    def _spawn(self, request: _Request, index: int) -> None:
+    def _spawn(self, request: RunState, index: int) -> None:
         assert request.group is not None
         request.group.create_task(self._walk(request, [], index))
 
-    def _store(self, request: _Request, index: int, result: Any) -> None:
+    def _store(self, request: RunState, index: int, result: Any) -> None:
         request.results[index] = read_only(result) if self._forks[index] else result
 
 

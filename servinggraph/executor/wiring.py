@@ -21,7 +21,19 @@ from servinggraph.interfaces import BatchPolicy, Handler, Operation, Router, Row
 from servinggraph.plan import PlanNode
 from servinggraph.tensors import TensorSpec, datatype_of, fits_shape
 
-__all__ = ["SlowSteps", "as_failure", "read_only", "router_operation", "step_operation", "unshared", "wrapped"]
+__all__ = [
+    "SlowSteps",
+    "as_failure",
+    "limited",
+    "mapping_of",
+    "output_check",
+    "read_only",
+    "router_operation",
+    "step_operation",
+    "unshared",
+    "whole_rows",
+    "wrapped",
+]
 
 logger = logging.getLogger("servinggraph.executor")
 
@@ -51,7 +63,7 @@ def step_operation(node: PlanNode, step: Step[Any], policy: BatchPolicy | None, 
     """Return a step's operation, batched if there is a policy; a new batcher joins `batchers` under the node's name."""
     operation = step.operation()
     if policy is None:
-        return _whole_rows(operation) if step.gives_row_errors else operation
+        return _then(operation, whole_rows) if step.gives_row_errors else operation
     admit = step.admit if type(step).admit is not Step.admit else None
     if not operation.suspends:
         operation = _measured(operation, node.name)
@@ -74,11 +86,12 @@ def router_operation(router: Router[Any], branches: Mapping[str, Handler]) -> Op
 def wrapped(node: PlanNode, operation: Operation) -> Operation:
     """Return the operation with the node's declared outputs, renames, kept tensors and time limit."""
     if node.outputs is not None:
-        operation = _then(operation, _output_check(node.name, node.outputs))
-    if node.renamed_inputs or node.renamed_outputs or node.keep is not None:
-        operation = _mapped(node, operation)
+        operation = _then(operation, output_check(node.name, node.outputs))
+    mapping = mapping_of(node)
+    if mapping is not None:
+        operation = _mapped(operation, *mapping)
     if node.timeout_s is not None:
-        operation = _limited(operation, node.timeout_s)
+        operation = limited(operation, node.timeout_s)
     return operation
 
 
@@ -135,21 +148,17 @@ def _then(operation: Operation, after: Callable[[Any], Any]) -> Operation:
     return Operation(lambda value, context: after(call(value, context)), suspends=False)
 
 
-def _whole_rows(operation: Operation) -> Operation:
-    """Without a batch there is one caller only, so a bad row is the whole request's failure."""
-
-    def check(result: Any) -> Any:
-        if not isinstance(result, RowErrors):
-            return result
-        if not result.errors:
-            return result.outputs
-        row, reason = min(result.errors.items(), key=lambda item: item[0])
-        raise StepFailed(f"row {row}: {reason}")
-
-    return _then(operation, check)
+def whole_rows(result: Any) -> Any:
+    """Return a result whose rows are all good; without a batch a bad row is the whole request's failure."""
+    if not isinstance(result, RowErrors):
+        return result
+    if not result.errors:
+        return result.outputs
+    row, reason = min(result.errors.items(), key=lambda item: item[0])
+    raise StepFailed(f"row {row}: {reason}")
 
 
-def _output_check(node: str, declared: Mapping[str, TensorSpec]) -> Callable[[Any], Any]:
+def output_check(node: str, declared: Mapping[str, TensorSpec]) -> Callable[[Any], Any]:
     """Return a check that a result has the declared tensors, in datatype and shape."""
 
     def check(result: Any) -> Any:
@@ -171,8 +180,15 @@ def _output_check(node: str, declared: Mapping[str, TensorSpec]) -> Callable[[An
     return check
 
 
-def _mapped(node: PlanNode, operation: Operation) -> Operation:
-    """Rename tensors on the way in and out, and let the kept ones join the result."""
+def mapping_of(node: PlanNode) -> tuple[Callable[[Any], Any], Callable[[Any, Any], Any]] | None:
+    """Return how a node's tensors are renamed on the way in and out, and how the kept ones join the result.
+
+    Returns:
+        What makes the node's value of the one that reaches it, and what makes the result of
+        both of that and what the node gives; None where a node asks for neither.
+    """
+    if not node.renamed_inputs and not node.renamed_outputs and node.keep is None:
+        return None
     into, out, keep = node.renamed_inputs, node.renamed_outputs, node.keep
 
     def enter(value: Any) -> Any:
@@ -202,6 +218,10 @@ def _mapped(node: PlanNode, operation: Operation) -> Operation:
             joined[name] = value[name]
         return joined
 
+    return enter, leave
+
+
+def _mapped(operation: Operation, enter: Callable[[Any], Any], leave: Callable[[Any, Any], Any]) -> Operation:
     call = operation.call
     if operation.suspends:
 
@@ -227,7 +247,8 @@ def _require_mapping(value: Any, what: str) -> None:
         raise StepFailed(f"{what} a {type(value).__name__}: 'rename' and 'keep' need a mapping of tensor name to array")
 
 
-def _limited(operation: Operation, seconds: float) -> Operation:
+def limited(operation: Operation, seconds: float) -> Operation:
+    """Return the operation with a time limit."""
     call = operation.call
     loop = asyncio.get_running_loop()
     clock = loop.time

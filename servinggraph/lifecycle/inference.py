@@ -7,6 +7,7 @@ it encodes. Everything between is here, so that all front ends behave alike.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ async def infer(graph: ServedGraph, request: InferenceRequest, context: Context)
         context: its identity and limits.
 
     Raises:
+        Unsupported: the graph is decoupled (`graph.plan.decoupled`): use `stream`.
         ServingGraphError: with the node that failed.
     """
     plan = graph.plan
@@ -51,9 +53,27 @@ async def stream(graph: ServedGraph, request: InferenceRequest, context: Context
     """Run one request through a graph that may give any number of answers; see `infer`.
 
     The next answer is made when it is asked for, so a slow reader slows the graph and fills no
-    queue. Close the generator (`aclosing`) when the reader has gone.
+    queue. Close this (`aclosing`) when the reader has gone: that ends the graph's generators. An
+    answer's parameters are those that steps have set for it, or before the first one.
     """
-    yield await infer(graph, request, context)
+    plan = graph.plan
+    if not plan.decoupled:
+        yield await infer(graph, request, context)
+        return
+    graph.requests += 1
+    try:
+        async with aclosing(graph.executor.stream(request.inputs, context)) as values:
+            async for value in values:
+                outputs = answer_tensors(value, plan.outputs, plan.answer)
+                yield InferenceResponse(plan.name, plan.version, outputs, request.id, dict(context.response_parameters))
+    except ServingGraphError as error:
+        if error.__class__ is StepFailed:
+            error.at(plan.answer)
+        raise
+    except Exception as error:  # a defect of ours
+        raise StepFailed(f"{type(error).__name__}: {error}").at(plan.answer) from error
+    finally:
+        graph.leave()
 
 
 def answer_tensors(value: Any, declared: Mapping[str, TensorSpec] | None, node: str) -> dict[str, Array]:

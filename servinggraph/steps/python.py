@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from servinggraph.concurrency import WorkerThreads
+from servinggraph.concurrency import GeneratorInThreads, WorkerThreads
 from servinggraph.context import Context
 from servinggraph.errors import GraphInvalid, InvalidRequest, Problem, StepFailed
 from servinggraph.importing import ImportProblem, load_object
@@ -36,6 +36,7 @@ class Python(Step[PythonOptions]):
     One parameter gets the whole value, several get tensors by name, one called `context` gets
     the context. A class is constructed with `init`, its `load` is called before the first
     request and its `unload` after the last; requests go to `__call__`, or else to `infer`.
+    A generator, sync or async, gives any number of values, one after the other: it streams.
     """
 
     options_type = PythonOptions
@@ -100,15 +101,22 @@ class Python(Step[PythonOptions]):
         if self._threads is not None:
             threads = self._threads
 
+            if self.streams:  # to call a generator function runs nothing of it yet
+
+                def begin(value: Any, context: Context) -> Any:
+                    return GeneratorInThreads(threads, call(value, context), context)
+
+                return Operation(begin, suspends=True, streams=True)
+
             def in_thread(value: Any, context: Context) -> Any:
                 return threads.call(call, value, context)
 
             return Operation(in_thread, suspends=True)
-        return Operation(call, suspends=self._is_async)
+        return Operation(call, suspends=self._is_async, streams=self.streams)
 
     def describe(self) -> str:
         where = "async" if self._is_async else self.options.run
-        return f"python {self._label} ({where})"
+        return f"python {self._label} ({where}{', stream' if self.streams else ''})"
 
     def _function_of(self, target: Any) -> Callable[..., Any] | None:
         """Return the function that requests go to; of a class, unbound."""
@@ -130,9 +138,11 @@ class Python(Step[PythonOptions]):
             return  # a class from C without a signature: found out when it is constructed
 
     def _inspect(self, function: Callable[..., Any], label: str) -> None:
-        """Find out once what the function takes and whether it is async."""
+        """Find out once what the function takes, whether it is async, and whether it is a generator."""
         plain = getattr(function, "__call__", function) if not inspect.isroutine(function) else function  # noqa: B004
-        self._is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(plain)
+        streams_async = inspect.isasyncgenfunction(function) or inspect.isasyncgenfunction(plain)
+        self.streams = streams_async or inspect.isgeneratorfunction(function) or inspect.isgeneratorfunction(plain)
+        self._is_async = streams_async or inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(plain)
         try:
             parameters = list(inspect.signature(function).parameters.values())
         except ValueError:  # a builtin or C function without a signature takes the value
