@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from servinggraph.context import Context as Context
     from servinggraph.errors import InvalidRequest as InvalidRequest, ServingGraphError as ServingGraphError
     from servinggraph.interfaces import RowErrors as RowErrors
+    from servinggraph.messages import Body as Body
 
 _HOME = {
+    "Body": "servinggraph.messages",
     "Context": "servinggraph.context",
     "Graph": "servinggraph.builder",
     "InvalidRequest": "servinggraph.errors",
@@ -30,6 +32,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Body",
     "Context",
     "Graph",
     "InvalidRequest",

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import yaml
 
@@ -74,19 +74,24 @@ class Graph:
 
     Args:
         name: the V2 model name.
-        inputs: input tensor to (datatype, shape), -1 for any size.
+        inputs: input tensor to (datatype, shape), -1 for any size; or "body" for a graph that takes
+            one free-form value.
         version: a positive integer.
         options: other keys of a graph file: `outputs`, `timeout_ms`, `batch`, `description`.
     """
 
     def __init__(
-        self, name: str, inputs: Mapping[str, TensorText | Mapping[str, Any]], version: str | int = "1", **options: Any
+        self,
+        name: str,
+        inputs: Mapping[str, TensorText | Mapping[str, Any]] | Literal["body"],
+        version: str | int = "1",
+        **options: Any,
     ) -> None:
         self._document: dict[str, Any] = {
             "graph": name,
             "version": str(version),
             **_plain(options),
-            "inputs": _tensors(inputs),
+            "inputs": _tensors(inputs) if isinstance(inputs, Mapping) else inputs,
             "nodes": {},
         }
         if "outputs" in self._document:

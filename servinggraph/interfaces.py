@@ -79,6 +79,9 @@ class FrontEndOptions(Options):
 
     server_name: str = Field("servinggraph", description="Name in the server metadata.")
     server_version: str = Field("", description="Version in the server metadata; by default this package's.")
+    invocations: str = Field(
+        "", description="Graph that `POST /invocations` is for, where the header X-Graph names none; by default the only one."
+    )
     max_in_flight: int = Field(1024, ge=1, description="Most requests at the same time; one more gets 503.")
     max_body_bytes: int = Field(
         64 * 2**20, ge=1, description="Largest request body in bytes, also after decompression; more gets 413."

@@ -8,7 +8,28 @@ from typing import Any, Protocol
 from servinggraph.context import ParameterValue
 from servinggraph.tensors import Array
 
-__all__ = ["Destination", "InferenceRequest", "InferenceResponse", "RequestedOutput"]
+__all__ = ["Body", "Destination", "InferenceRequest", "InferenceResponse", "RequestedOutput"]
+
+
+class Body:
+    """A free-form value, beside tensors: what a graph with `inputs: body` takes and gives.
+
+    A step returns `Body(picture, "image/png")` to answer with content of a type of its own.
+
+    Attributes:
+        value: any Python object; `bytes` or `str` where a content type is given by a step.
+        content_type: media type of the content; empty where the value is to be encoded as the
+            caller asks.
+    """
+
+    __slots__ = ("content_type", "value")
+
+    def __init__(self, value: Any, content_type: str = "") -> None:
+        self.value = value
+        self.content_type = content_type
+
+    def __repr__(self) -> str:
+        return f"Body({type(self.value).__name__}{f', {self.content_type!r}' if self.content_type else ''})"
 
 
 class Destination(Protocol):
@@ -54,7 +75,8 @@ class InferenceRequest:
     """A decoded inference request.
 
     Attributes:
-        inputs: tensor name to array; read-only views of the body where the wire was binary.
+        inputs: tensor name to array; read-only views of the body where the wire was binary. For
+            a graph with `inputs: body` a `Body`.
         id: the caller's request id, empty when none was given.
         parameters: request-level parameters.
         outputs: the outputs that were asked for, in order; empty means all.
@@ -84,7 +106,7 @@ class InferenceResponse:
     Attributes:
         model: name of the graph.
         version: its version, always concrete.
-        outputs: tensor name to array.
+        outputs: tensor name to array. Of a graph with `inputs: body` a `Body`.
         id: the request's id.
         parameters: response-level parameters that steps or routers have set.
     """

@@ -59,13 +59,16 @@ class Plan:
     Attributes:
         name: the V2 model name.
         version: positive integer as text.
-        inputs: declared input tensors.
+        inputs: declared input tensors; none when a request brings a body.
         outputs: tensors of the answer as far as known; None when they are not.
         nodes: in an order in which every node comes after its sources.
         answer: name of the node whose result is the answer.
         timeout_s: longest time for a request; None without a limit.
         batch: policy for batching whole requests, None for none.
         source: file the graph came from; None when it was built in Python.
+        body: True when a request brings one free-form value instead of tensors.
+        body_keys: what the first nodes look up by name in that value, which then has to be a
+            mapping; None when they take it whole.
     """
 
     name: str
@@ -77,6 +80,8 @@ class Plan:
     timeout_s: float | None = None
     batch: BatchPolicy | None = None
     source: str | None = None
+    body: bool = False
+    body_keys: Mapping[str, TensorSpec] | None = None
 
     @property
     def decoupled(self) -> bool:

@@ -43,7 +43,7 @@ def draw(plan: Plan, path: Path) -> None:
 
 def mermaid(plan: Plan) -> str:
     """Return the plan as a Mermaid flowchart, which GitHub and many editors draw."""
-    lines = ["flowchart LR", f'  {INPUTS}(["{_tensors(plan.inputs)}"])']
+    lines = ["flowchart LR", f'  {INPUTS}(["{_inputs(plan)}"])']
 
     def add(node: PlanNode, indent: str) -> None:
         identity = node.name.replace(".", "__").replace("-", "_")
@@ -71,7 +71,7 @@ def _dot(plan: Plan, graphviz: Any) -> Any:
         "node", shape="box", style="rounded,filled", fillcolor="#eef3fb", color="#5b7bb4", fontname="Helvetica", fontsize="11"
     )
     picture.attr("edge", color="#5b6b80")
-    picture.node(INPUTS, _tensors(plan.inputs, "\n") or INPUTS, shape="oval", fillcolor="#f6f6f6")
+    picture.node(INPUTS, _inputs(plan, "\n") or INPUTS, shape="oval", fillcolor="#f6f6f6")
     for node in plan.nodes:
         _add_dot(picture, node, graphviz)
     for node in plan.nodes:
@@ -108,6 +108,10 @@ def _leaves(node: PlanNode) -> list[str]:
     if not node.branches:
         return [node.name]
     return [leaf for branch in node.branches.values() for leaf in _leaves(branch)]
+
+
+def _inputs(plan: Plan, separator: str = "<br/>") -> str:
+    return "body" if plan.body else _tensors(plan.inputs, separator)
 
 
 def _tensors(tensors: Any, separator: str = "<br/>") -> str:

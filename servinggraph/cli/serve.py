@@ -110,6 +110,8 @@ def _banner(server: Server, path: Path, seconds: float) -> str:
 def _curl(plan: Plan, host: str, port: int) -> str:
     """Return a curl line that works: with the sample beside the graph, else with zeros for small inputs."""
     url = f"http://{host}:{port}/v2/models/{plan.name}"
+    if plan.body:
+        return _curl_body(plan, f"{url}/invocations")
     sample = Path(plan.source).parent / "sample.json" if plan.source else None
     if sample is not None and sample.is_file():
         return f"curl -s {url}/infer -d {shlex.quote(f'@{sample}')}"
@@ -125,6 +127,17 @@ def _curl(plan: Plan, host: str, port: int) -> str:
         if not spec.optional:
             inputs.append({"name": name, "datatype": spec.datatype, "shape": shape, "data": [filler] * count})
     return f"curl -s {url}/infer -d '{json.dumps({'inputs': inputs})}'"
+
+
+def _curl_body(plan: Plan, url: str) -> str:
+    """Return a curl line for a graph with `inputs: body`: with the sample beside it, else with text or an object."""
+    for suffix, media in ((".json", "application/json"), (".txt", "text/plain")):
+        sample = Path(plan.source).parent / f"sample{suffix}" if plan.source else None
+        if sample is not None and sample.is_file():
+            return f"curl -s {url} -H 'Content-Type: {media}' --data-binary {shlex.quote(f'@{sample}')}"
+    keys = dict.fromkeys(plan.body_keys or (), "...")
+    body = json.dumps(keys) if keys else '"..."'
+    return f"curl -s {url} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
 
 
 def _port(value: str) -> int | str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from servinggraph.compiler.bodies import body_keys
 from servinggraph.compiler.nodes import NodeCompiler, Tensors
 from servinggraph.compiler.options import validated
 from servinggraph.compiler.topology import ordered, sources_of, stream_problems
@@ -61,10 +62,11 @@ def compile_graph(
     problems.extend(_unbatchable(spec, source))
     sources = sources_of(spec, source, problems)
     order = ordered(sources, spec, source, problems)
-    inputs = {name: model.spec() for name, model in spec.inputs.items()}
+    inputs = {name: model.spec() for name, model in spec.tensors.items()}
     compiler = NodeCompiler(source, replace, problems)
+    takes_body = spec.inputs == "body"
     # Inputs that are themselves at fault are taken for unknown, so that nothing follows from them.
-    behind: dict[str, Tensors] = {INPUTS: inputs if inputs_known else None}
+    behind: dict[str, Tensors] = {INPUTS: inputs if inputs_known and not takes_body else None}
     nodes: dict[str, PlanNode] = {}
     for name in order or spec.nodes:
         given = _merged(name, sources[name], behind, source, problems)
@@ -87,15 +89,22 @@ def compile_graph(
         timeout_s=None if spec.timeout_ms is None else spec.timeout_ms / 1e3,
         batch=spec.batch,
         source=source.file,
+        body=takes_body,
+        body_keys=body_keys(nodes.values()) if takes_body else None,
     )
 
 
 def _unbatchable(spec: GraphSpec, source: Source) -> list[Problem]:
     """Return what stands in the way of batching whole requests, where the graph asks for it."""
+    if spec.batch is None:
+        return []
+    if spec.inputs == "body":
+        text = "'batch' joins requests by their first axis, and a body has none: give 'batch' to the nodes that take tensors"
+        return [source.problem(text, ("batch",))]
     return [
         source.problem(f"'batch' joins requests by their first axis, and that of input '{name}' is not free", ("batch",))
-        for name, model in spec.inputs.items()
-        if spec.batch is not None and (not model.shape or model.shape[0] != -1)
+        for name, model in spec.tensors.items()
+        if not model.shape or model.shape[0] != -1
     ]
 
 

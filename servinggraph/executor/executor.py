@@ -11,6 +11,7 @@ from servinggraph.batching import Batcher
 from servinggraph.concurrency import run_until
 from servinggraph.context import Context
 from servinggraph.errors import ServingGraphError, StepFailed, Unsupported
+from servinggraph.executor.bodies import entered, entrance
 from servinggraph.executor.streams import END, Streaming
 from servinggraph.executor.stretches import named, run_plan
 from servinggraph.executor.wiring import router_operation, step_operation, unshared, wrapped
@@ -40,6 +41,7 @@ class Executor:
         self._run: Handler = _not_started
         self._suspends = False
         self._streaming: Streaming | None = None
+        self._enter = entrance(plan)
         self._loop = asyncio.get_running_loop()
         self.now = self._loop.time
 
@@ -75,7 +77,7 @@ class Executor:
         if self.plan.batch is not None:
             self.batchers[""] = Batcher(whole, self.plan.batch, self.plan.name)
             whole = self.batchers[""].operation()
-        self._run = whole.handler
+        self._run = entered(self._enter, whole.handler) if self.plan.body else whole.handler
         self._suspends = whole.suspends
 
     async def stop(self) -> None:
@@ -93,7 +95,7 @@ class Executor:
         """Run one request.
 
         Args:
-            value: the request's tensors.
+            value: the request's tensors; a `Body` for a graph with `inputs: body`.
             context: its identity and limits; the plan's own time limit narrows its deadline.
 
         Raises:
@@ -126,7 +128,7 @@ class Executor:
         if self.plan.timeout_s is not None:
             end = self.now() + self.plan.timeout_s
             context.deadline = end if context.deadline is None else min(end, context.deadline)
-        run = streaming.begin(value)
+        run = streaming.begin(self._enter(value) if self.plan.body else value)
         loop = self._loop
         try:
             while True:

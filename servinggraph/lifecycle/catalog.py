@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from servinggraph.errors import GraphNotFound, Unavailable
 from servinggraph.executor import Executor
+from servinggraph.lifecycle.answers import answer_body, answer_tensors
 from servinggraph.plan import Plan
+from servinggraph.tensors import TensorSpec
 
 __all__ = ["Catalog", "ServedGraph"]
 
@@ -25,13 +28,19 @@ class ServedGraph:
         executor: runs its requests.
         ready: True from the end of a successful load to the beginning of the stop.
         requests: requests that it answers now.
+        finish: makes the answer of what the last node gave: tensors, or a `Body` where the graph
+            takes one.
     """
 
     plan: Plan
     executor: Executor
     ready: bool = False
     requests: int = 0
+    finish: Callable[[Any, Mapping[str, TensorSpec] | None, str], Any] = field(init=False, repr=False)
     _idle: asyncio.Event | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.finish = answer_body if self.plan.body else answer_tensors
 
     def leave(self) -> None:
         """Note that a request has its answer."""

@@ -98,7 +98,9 @@ class GraphSpec(Options):
     graph: str = Field(description="Name of the graph: the V2 model name.")
     version: str = Field("1", description="Version, a positive integer.")
     description: str | None = Field(None, description="A sentence for whoever reads the file.")
-    inputs: dict[str, TensorModel] = Field(description="Tensors that a request brings.")
+    inputs: dict[str, TensorModel] | Literal["body"] = Field(
+        description="Tensors that a request brings; or `body`: one free-form value, a JSON document, text or bytes, say."
+    )
     outputs: dict[str, TensorModel] | None = Field(
         None, description="Tensors of the answer, where the last node does not say them itself."
     )
@@ -108,6 +110,11 @@ class GraphSpec(Options):
     batch: BatchPolicy | None = Field(
         None, description="Batch whole requests: the graph then runs once for a batch of rows, contexts apart."
     )
+
+    @property
+    def tensors(self) -> dict[str, TensorModel]:
+        """The declared inputs; none where a request brings a body."""
+        return {} if self.inputs == "body" else self.inputs
 
     @field_validator("version", mode="before")
     @classmethod

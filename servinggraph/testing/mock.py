@@ -18,7 +18,12 @@ from servinggraph.interfaces import FrontEndOptions
 from servinggraph.lifecycle import Serving
 from servinggraph.messages import InferenceResponse
 from servinggraph.plan import Plan
+from servinggraph.protocols.freeform import decode_body
+from servinggraph.protocols.freeform.body import media_of
+from servinggraph.protocols.freeform.client import encode_body
+from servinggraph.protocols.http.endpoints.invocations import Invocations
 from servinggraph.protocols.http.server import make_asgi
+from servinggraph.protocols.v2.checks import check_takes_tensors
 from servinggraph.protocols.v2.client import decode_response, encode_request
 from servinggraph.protocols.v2.json_data import decode_data
 from servinggraph.tensors import Array, TensorSpec
@@ -102,6 +107,7 @@ class AsyncMock:
         catalog = self._serving.catalog
         await catalog.load([self._plan])
         self._asgi = make_asgi(self._serving)
+        self._invocations = Invocations(self._serving)
         self._graph = catalog.get(self._plan.name)
 
     async def stop(self) -> None:
@@ -140,6 +146,7 @@ class AsyncMock:
         Raises:
             ServingGraphError: what a client would get as an error; `__cause__` is the step's own.
         """
+        check_takes_tensors(self._plan)
         arrays = {name: self._array(name, given) for name, given in {**(inputs or {}), **tensors}.items()}
         body, length = encode_request(arrays, id, parameters, outputs)
         sent = dict(headers or {})
@@ -154,6 +161,48 @@ class AsyncMock:
         finally:
             context.when_idle(self._admission.leave)
         return decode_response(encoded.body, encoded.header_length)
+
+    async def invoke(
+        self,
+        body: Any = b"",
+        content_type: str | None = None,
+        accept: str = "",
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Any:
+        """Send a free-form request through codec, graph and codec: what `POST /invocations` does.
+
+        Args:
+            body: bytes and text go as they are; anything else as JSON, or as msgpack where
+                `content_type` says so or it holds arrays.
+            content_type: type of the body; by default text/plain for text, application/octet-stream
+                for bytes, else what it was encoded as.
+            accept: value of the Accept header.
+            headers: other request headers.
+            timeout_s: deadline, as the header X-Request-Timeout-Ms sets it.
+
+        Returns:
+            The answer, decoded by its content type as a body is.
+
+        Raises:
+            ServingGraphError: what a client would get as an error; `__cause__` is the step's own.
+        """
+        data, media = encode_body(body, content_type)
+        sent = dict(headers or {})
+        if media:
+            sent["content-type"] = media
+        if accept:
+            sent["accept"] = accept
+        if timeout_s is not None:
+            sent["x-request-timeout-ms"] = repr(timeout_s * 1e3)
+        raw = [(name.lower().encode("latin-1"), text.encode("latin-1")) for name, text in sent.items()]
+        context = Context()
+        self._admission.enter()
+        try:
+            answer = await self._invocations.answer(self._graph, data, dict(raw), raw, context)
+        finally:
+            context.when_idle(self._admission.leave)
+        return decode_body(answer.body, media_of(dict(answer.fields)[b"content-type"].decode()))
 
     async def request(self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> HttpReply:
         """Send an HTTP request as bytes to the application that `serve` runs, without a socket."""
@@ -241,6 +290,10 @@ class SyncMock:
     def infer(self, inputs: Mapping[str, Any] | None = None, /, **options: Any) -> InferenceResponse:
         """Send one request; see `AsyncMock.infer`."""
         return self._portal.call(lambda: self._server.infer(inputs, **options))
+
+    def invoke(self, body: Any = b"", content_type: str | None = None, accept: str = "", **options: Any) -> Any:
+        """Send a free-form request; see `AsyncMock.invoke`."""
+        return self._portal.call(lambda: self._server.invoke(body, content_type, accept, **options))
 
     def request(self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> HttpReply:
         """Send an HTTP request; see `AsyncMock.request`."""

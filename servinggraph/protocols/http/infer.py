@@ -79,7 +79,7 @@ class InferRoute(Exchange[EncodedResponse]):
         """Make the table of paths anew after a change of what is served."""
         table: dict[str, ServedGraph] = {}
         for graph in self._catalog.graphs():
-            if graph.ready:
+            if graph.ready and not graph.plan.body:
                 name, version = graph.plan.name, graph.plan.version
                 table[f"/v2/models/{name}/versions/{version}/infer"] = graph
                 table[f"/v2/models/{name}/infer"] = self._catalog.get(name)

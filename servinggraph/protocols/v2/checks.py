@@ -5,9 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from servinggraph.errors import DatatypeMismatch, InvalidRequest, ShapeMismatch
+from servinggraph.plan import Plan
 from servinggraph.tensors import Array, TensorSpec, datatype_of, fits_shape
 
-__all__ = ["check_input", "check_names"]
+__all__ = ["check_array", "check_input", "check_names", "check_takes_tensors"]
+
+
+def check_takes_tensors(plan: Plan) -> None:
+    """Check that a graph is one for V2 inference.
+
+    Raises:
+        InvalidRequest: it takes a free-form body; says where to send that.
+    """
+    if plan.body:
+        raise InvalidRequest(
+            f"model '{plan.name}' takes one free-form body and no tensors: POST it to /v2/models/{plan.name}/invocations"
+        )
 
 
 def check_names(given: Mapping[str, object], declared: Mapping[str, TensorSpec], model: str) -> None:

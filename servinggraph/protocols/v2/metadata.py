@@ -22,14 +22,20 @@ def server_metadata(name: str, version: str, more_extensions: Sequence[str] = ()
 
 
 def model_metadata(plan: Plan, versions: Sequence[str]) -> dict[str, Any]:
-    """Return a graph's metadata; outputs that are not known before a request are left out."""
-    return {
+    """Return a graph's metadata; outputs that are not known before a request are left out.
+
+    A graph that takes a free-form body has no inputs, and a parameter that says so.
+    """
+    document: dict[str, Any] = {
         "name": plan.name,
         "versions": list(versions),
         "platform": PLATFORM,
         "inputs": _tensors(plan.inputs),
         "outputs": _tensors(plan.outputs or {}),
     }
+    if plan.body:
+        document["parameters"] = {"inputs": "body"}
+    return document
 
 
 def _tensors(specs: Mapping[str, TensorSpec]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from servinggraph.errors import Unavailable
 from servinggraph.lifecycle import Serving
 from servinggraph.protocols.http.endpoints.routing import MODEL, VERSION, json_response, route
 from servinggraph.protocols.v2 import model_metadata, server_metadata
+from servinggraph.protocols.v2.checks import check_takes_tensors
 
 __all__ = ["routes"]
 
@@ -47,7 +48,8 @@ def routes(serving: Serving) -> list[Route]:
 
     def infer(request: Request) -> Response:
         # Reached only for what is not in the inference route's table of served graphs.
-        catalog.get(request.path_params["name"], request.path_params.get("version", ""))
+        graph = catalog.get(request.path_params["name"], request.path_params.get("version", ""))
+        check_takes_tensors(graph.plan)
         raise Unavailable("the graph is being loaded")
 
     return [
