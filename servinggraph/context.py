@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from servinggraph.tracing import Trace
 
 __all__ = ["Context", "Headers", "ParameterValue"]
 
@@ -59,6 +62,7 @@ class Context:
         graph: name of the graph that runs.
         runs_again: True in a batch of several requests that run again one by one if it fails:
             better fail than leave something out of every answer for the sake of one.
+        trace: records what happens to this request; None for most.
     """
 
     __slots__ = (
@@ -73,6 +77,7 @@ class Context:
         "priority",
         "response_parameters",
         "runs_again",
+        "trace",
     )
 
     def __init__(
@@ -94,6 +99,7 @@ class Context:
         self.priority = priority
         self.graph = graph
         self.runs_again = runs_again
+        self.trace: Trace | None = None
         self._cancelled = False
         self._running = 0
         self._on_idle: Callable[[], None] | None = None
@@ -152,6 +158,7 @@ class _View(Context):
         self._whole = whole
         self.id, self.headers, self.parameters = whole.id, whole.headers, whole.parameters
         self.priority, self.graph, self.runs_again = whole.priority, whole.graph, whole.runs_again
+        self.trace = whole.trace
         self.deadline, self.response_parameters = deadline, response_parameters
 
     @property

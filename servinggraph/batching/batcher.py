@@ -7,25 +7,17 @@ operation itself does may be elsewhere.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Mapping
 from functools import partial
 from math import inf
+from time import perf_counter_ns
 from typing import Any
 
-from servinggraph.batching.members import Departures, SharedContext, Waiter, awaited, end_work
+from servinggraph.batching.members import Departures, SharedContext, Stamps, Waiter, awaited, count_answers, end_work
+from servinggraph.batching.pieces import run_in_pieces
 from servinggraph.batching.queue import BatchQueue
-from servinggraph.batching.rows import (
-    Unjoinable,
-    group_key,
-    join,
-    join_results,
-    pad,
-    rows_of_result,
-    slice_rows,
-    why_bad_errors,
-)
-from servinggraph.context import Context, ParameterValue
+from servinggraph.batching.rows import group_key, join, pad, rows_of_result, slice_rows, why_bad_errors
+from servinggraph.context import Context
 from servinggraph.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -35,6 +27,7 @@ from servinggraph.errors import (
     Unavailable,
 )
 from servinggraph.interfaces import BatchPolicy, Operation, RowErrors
+from servinggraph.statistics import NodeStatistics
 from servinggraph.tensors import Array, row_count
 
 __all__ = ["Batcher"]
@@ -52,6 +45,7 @@ class Batcher:
         policy: sizes, delays and limits.
         name: the node, for error texts.
         admit: checks one request's value and picks its tensors before it joins a batch.
+        statistics: where requests and executions are counted.
     """
 
     def __init__(
@@ -60,13 +54,16 @@ class Batcher:
         policy: BatchPolicy,
         name: str,
         admit: Callable[[Any], Any] | None = None,
+        statistics: NodeStatistics | None = None,
     ) -> None:
         self._suspends = operation.suspends
         self._call = operation.call
         self._policy = policy
         self._name = name
         self._admit = admit
-        self._queue: BatchQueue[Waiter] = BatchQueue(policy)
+        self._statistics = statistics or NodeStatistics()
+        self._statistics.batched = True
+        self._queue: BatchQueue[Waiter] = BatchQueue(policy, self._gone)
         self._loop = asyncio.get_running_loop()
         self._running = 0
         self._instances = policy.instances
@@ -81,13 +78,18 @@ class Batcher:
         self._timer: asyncio.Handle | None = None
         self._timer_at = inf
         self._runs: set[asyncio.Future[Any]] = set()
-        self._joined: set[asyncio.Future[Any]] = set()
+        self._joined: set[asyncio.Task[Any]] = set()
         self._closed = False
         self._abandoned = False
 
     def operation(self) -> Operation:
         """Return the batched operation; same contract as the one inside."""
         return Operation(self.submit, suspends=True)
+
+    @property
+    def policy(self) -> BatchPolicy:
+        """Sizes, delays and limits."""
+        return self._policy
 
     @property
     def queued(self) -> int:
@@ -111,8 +113,10 @@ class Batcher:
             Unavailable: the batcher is closed, or the request waited over `queue_timeout_ms`.
             StepFailed: the operation failed for this request.
         """
+        arrived = perf_counter_ns()
         result = self._loop.create_future()
         if self._closed:
+            self._statistics.failed(0)
             result.set_exception(self._error(Unavailable("is shutting down")))
             return result
         try:
@@ -121,19 +125,18 @@ class Batcher:
             rows = row_count(value)
             key = group_key(value)
         except ServingGraphError as error:
+            self._statistics.failed(perf_counter_ns() - arrived)
             result.set_exception(error.at(self._name))
             return result
         except Exception as error:
+            self._statistics.failed(perf_counter_ns() - arrived)
             invalid = InvalidRequest(f"cannot batch this value: {error}")
             invalid.__cause__ = error
             result.set_exception(invalid.at(self._name))
             return result
         if rows > self._max_rows:
-            joined = self._loop.create_task(self._in_pieces(value, rows, key, context))
-            self._joined.add(joined)
-            joined.add_done_callback(self._joined.discard)
-            return joined
-        waiter = Waiter(value, rows, key, context, result)
+            return self._in_pieces(value, rows, key, context, arrived)
+        waiter = Waiter(value, rows, key, context, result, arrived)
         if (
             self._lone_turns >= _LONELY
             and not self._wait_when_idle
@@ -144,7 +147,7 @@ class Batcher:
         ):
             self._used_this_turn = True
             self._loop.call_soon(self._end_turn)
-            self._start([waiter])
+            self._start([waiter], arrived)
         else:
             self._put(waiter)
         return result
@@ -168,46 +171,29 @@ class Batcher:
         finally:
             self._set_timer(None)
 
-    async def _in_pieces(self, value: Mapping[str, Array], rows: int, key: Hashable, context: Context) -> dict[str, Array]:
-        """Run a request that is too large for one batch, and join its results.
+    def _in_pieces(
+        self, value: Mapping[str, Array], rows: int, key: Hashable, context: Context, arrived: int
+    ) -> asyncio.Task[dict[str, Array]]:
+        """Run a request that is too large for one batch."""
 
-        Only as many pieces are queued as keep every instance busy: others get their turn in
-        between, and the queue stays short. A response parameter on which the pieces differ
-        tells all its values: which members of an ensemble answered, say.
-        """
-        queued: deque[asyncio.Future[Any]] = deque()
-        contexts: deque[Context] = deque()
-        results: list[Any] = []
-        added: dict[str, list[ParameterValue]] = {}
+        def put(piece: Mapping[str, Array], first_row: int, context: Context) -> asyncio.Future[Any]:
+            result = self._loop.create_future()
+            size = min(self._max_rows, rows - first_row)
+            self._put(Waiter(piece, size, key, context, result, perf_counter_ns(), first_row, whole=False))
+            return result
 
-        async def collect() -> None:
-            results.append(await queued.popleft())
-            for name, parameter in contexts.popleft().response_parameters.items():
-                if parameter not in added.setdefault(name, []):
-                    added[name].append(parameter)
+        def ended(task: asyncio.Task[Any]) -> None:
+            self._joined.discard(task)
+            ns = perf_counter_ns() - arrived
+            if task.cancelled() or task.exception() is not None:
+                self._statistics.failed(ns)
+            else:
+                self._statistics.answered_in_pieces(ns)
 
-        try:
-            for start in range(0, rows, self._max_rows):
-                if len(queued) > self._instances:
-                    await collect()
-                stop = min(start + self._max_rows, rows)
-                piece = self._loop.create_future()
-                queued.append(piece)
-                contexts.append(context.for_piece())
-                self._put(Waiter(slice_rows(value, start, stop), stop - start, key, contexts[-1], piece, start))
-            while queued:
-                await collect()
-        finally:
-            for piece in queued:
-                if not piece.cancel() and not piece.cancelled():
-                    piece.exception()  # looked at: its failure is reported by the first one's
-        for name, values in added.items():
-            context.response_parameters[name] = values[0] if len(values) == 1 else "; ".join(map(str, values))
-        try:
-            return join_results(results)
-        except Unjoinable as error:
-            text = f"ran in {len(results)} pieces of at most {self._max_rows} rows, and {error}"
-            raise StepFailed(text).at(self._name) from None
+        task = self._loop.create_task(run_in_pieces(value, rows, context, put, self._policy, self._name))
+        self._joined.add(task)
+        task.add_done_callback(ended)
+        return task
 
     def _put(self, waiter: Waiter) -> None:
         if self._closed:
@@ -261,7 +247,7 @@ class Batcher:
             if not batch:
                 break
             self._lone_turns = self._lone_turns + 1 if len(batch) == 1 else 0
-            self._start(batch)
+            self._start(batch, perf_counter_ns())
             if not self._suspends and queue.waiting:
                 # It held the loop: answers go out, arrivals come in and time limits count before the next one.
                 self._pump_soon()
@@ -280,11 +266,12 @@ class Batcher:
             error = Unavailable(f"Request timeout expired: it waited for a batch too long ({limit})")
         self._fail([waiter], error)
 
-    def _start(self, batch: list[Waiter]) -> None:
+    def _start(self, batch: list[Waiter], began: int) -> None:
         single = len(batch) == 1
         value: Any = batch[0].value
         rows = batch[0].rows
         context = batch[0].context
+        stamps = began, began
         try:
             if not single:
                 value = join([waiter.value for waiter in batch])
@@ -294,10 +281,12 @@ class Batcher:
                 size = next(size for size in self._pad_to if size >= rows)
                 if size > rows:
                     value, rows = pad(value, rows, size), size
+            if value is not batch[0].value:
+                stamps = began, perf_counter_ns()
             result = self._call(value, context)
             if self._suspends:
                 # An operation that cannot suspend has run by now, and one that can has begun.
-                self._watch(result, batch, rows, context)
+                self._watch(result, batch, rows, context, stamps)
                 return
         except KeyboardInterrupt as error:  # not the step's: somebody stops the process
             self._fail(batch, error)
@@ -305,9 +294,9 @@ class Batcher:
         except BaseException as error:
             self._failed(batch, error)
             return
-        self._finish(batch, rows, context, result)
+        self._finish(batch, rows, context, stamps, result)
 
-    def _watch(self, awaitable: Awaitable[Any], batch: list[Waiter], rows: int, context: Context) -> None:
+    def _watch(self, awaitable: Awaitable[Any], batch: list[Waiter], rows: int, context: Context, stamps: Stamps) -> None:
         """Have `_done` called when a batch under way has ended."""
         left: Callable[[asyncio.Future[Any]], None] | None = None
         if isinstance(awaitable, asyncio.Future):
@@ -322,13 +311,14 @@ class Batcher:
             waiter.context.begin_work()
         # Owned so that `close` waits for it; done callbacks run also when it is cancelled.
         self._runs.add(running)
-        running.add_done_callback(partial(self._done, batch, rows, context, left))
+        running.add_done_callback(partial(self._done, batch, rows, context, stamps, left))
 
     def _done(
         self,
         batch: list[Waiter],
         rows: int,
         context: Context,
+        stamps: Stamps,
         left: Callable[[asyncio.Future[Any]], None] | None,
         done: asyncio.Future[Any],
     ) -> None:
@@ -346,11 +336,12 @@ class Batcher:
         elif (error := done.exception()) is not None:
             self._failed(batch, error)
         else:
-            self._finish(batch, rows, context, done.result())
+            self._finish(batch, rows, context, stamps, done.result())
         self._pump()
 
-    def _finish(self, batch: list[Waiter], rows: int, context: Context, result: Any) -> None:
+    def _finish(self, batch: list[Waiter], rows: int, context: Context, stamps: Stamps, result: Any) -> None:
         """Hand each member its rows of a batch's result."""
+        ended = perf_counter_ns()
         errors: Mapping[int, str | BaseException] = {}
         try:
             reason = None
@@ -361,6 +352,9 @@ class Batcher:
             if reason is None and len(batch) == 1 and batch[0].rows == rows and not errors:
                 if not batch[0].result.done():
                     batch[0].result.set_result(result)
+                    count_answers(self._statistics, batch, rows, stamps, (ended, ended), self._name)
+                else:
+                    self._gone(batch[0])
                 return
             start = 0
             parts: list[Any] = []
@@ -379,15 +373,23 @@ class Batcher:
             self._failed(batch, StepFailed(reason))
             return
         added = context.response_parameters if len(batch) > 1 else None
+        answered: list[Waiter] = []
         for waiter, part in zip(batch, parts, strict=True):
-            if waiter.result.done():  # its caller has gone
-                continue
-            if isinstance(part, ServingGraphError):
-                waiter.result.set_exception(part)
+            if waiter.result.done() or isinstance(part, ServingGraphError):
+                self._gone(waiter)
+                if not waiter.result.done():  # else its caller has gone
+                    waiter.result.set_exception(part)
                 continue
             if added:
                 waiter.context.response_parameters.update(added)
             waiter.result.set_result(part)
+            answered.append(waiter)
+        count_answers(self._statistics, answered, rows, stamps, (ended, perf_counter_ns()), self._name)
+
+    def _gone(self, waiter: Waiter) -> None:
+        """Count a request that gets an error, or whose caller has left; a piece is its request's business."""
+        if waiter.whole:
+            self._statistics.failed(perf_counter_ns() - waiter.arrived)
 
     def _row_error(self, row: int, reason: str | BaseException) -> ServingGraphError:
         if isinstance(reason, BaseException):
@@ -408,6 +410,9 @@ class Batcher:
         if self._abandoned:
             self._fail(batch, Unavailable("is shutting down"))
         elif len(batch) > 1 and self._policy.isolate:
+            for waiter in batch:
+                if waiter.result.done():
+                    self._gone(waiter)
             self._run_alone([waiter for waiter in batch if not waiter.result.done()])
         else:
             self._fail(batch, error)
@@ -423,5 +428,6 @@ class Batcher:
 
     def _fail(self, batch: list[Waiter], error: BaseException) -> None:
         for waiter in batch:
+            self._gone(waiter)
             if not waiter.result.done():
                 waiter.result.set_exception(self._error(error))

@@ -8,15 +8,29 @@ from typing import Any
 
 from servinggraph.context import Context
 from servinggraph.errors import StepFailed
+from servinggraph.statistics import NodeStatistics
 from servinggraph.tensors import Array
+from servinggraph.tracing import NODE_STAMPS, Trace
 
-__all__ = ["Departures", "SharedContext", "Waiter", "awaited", "end_work"]
+__all__ = ["Departures", "SharedContext", "Stamps", "Waiter", "awaited", "count_answers", "end_work"]
+
+Stamps = tuple[int, int]
+"""When a batch began to be joined, and when its run began, by `perf_counter_ns`."""
 
 
 class Waiter:
-    """One request, or one piece of a large one, on its way through a batch."""
+    """One request, or one piece of a large one, on its way through a batch.
 
-    __slots__ = ("context", "counts", "deadline", "first_row", "key", "priority", "result", "rows", "value")
+    Attributes:
+        first_row: of a piece, where it begins in its request.
+        whole: False for a piece.
+        counts: False for all but the first piece of a request, and for one that runs again.
+        arrived: when it came, by `perf_counter_ns`.
+    """
+
+    __slots__ = (
+        "arrived", "context", "counts", "deadline", "first_row", "key", "priority", "result", "rows", "value", "whole",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -25,7 +39,9 @@ class Waiter:
         key: Hashable,
         context: Context,
         result: asyncio.Future[Any],
+        arrived: int,
         first_row: int = 0,
+        whole: bool = True,
     ) -> None:
         self.value = value
         self.rows = rows
@@ -34,7 +50,9 @@ class Waiter:
         self.priority = context.priority
         self.deadline = context.deadline
         self.result = result
-        self.first_row = first_row  # of a piece: where it begins in its request
+        self.arrived = arrived
+        self.first_row = first_row
+        self.whole = whole
         self.counts = first_row == 0
 
     @property
@@ -63,6 +81,49 @@ def end_work(batch: list[Waiter]) -> None:
         waiter.context.end_work()
 
 
+def count_answers(
+    statistics: NodeStatistics, answered: list[Waiter], size: int, stamps: Stamps, ends: tuple[int, int], node: str
+) -> None:
+    """Count a batch that was executed, and the members that have their answer.
+
+    Args:
+        statistics: the node's counters.
+        answered: those members.
+        size: rows that were executed, padding included.
+        stamps: when joining and running began, by `perf_counter_ns`.
+        ends: when running and splitting ended.
+        node: the node's name, for traces.
+    """
+    began, ran = stamps
+    ended, split = ends
+    batch = statistics.batch(size)
+    batch.count += 1
+    batch.infer_ns += ended - ran
+    if ran != began or split != ended:
+        batch.input_ns += ran - began
+        batch.output_ns += split - ended
+        statistics.input_ns += len(answered) * (ran - began)
+        statistics.output_ns += len(answered) * (split - ended)
+    busy = split - began
+    statistics.busy_ns += busy if len(answered) == 1 else len(answered) * busy
+    statistics.last_ns = split
+    for waiter in answered:
+        queued = began - waiter.arrived
+        statistics.queue_ns += queued
+        statistics.rows += waiter.rows
+        if waiter.whole:
+            statistics.success += 1
+        else:
+            statistics.piece_ns -= queued + busy
+        if waiter.context.trace is not None:
+            _trace(waiter.context.trace, node, waiter.arrived, stamps, ends)
+
+
+def _trace(trace: Trace, node: str, arrived: int, stamps: Stamps, ends: tuple[int, int]) -> None:
+    moments = (arrived, arrived, *stamps, *ends, ends[1])
+    trace.node(node, zip(NODE_STAMPS, moments, strict=True))
+
+
 class SharedContext(Context):
     """The context of several members' run: worthless only when it is so for all of them."""
 
@@ -77,6 +138,8 @@ class SharedContext(Context):
             deadline = max(deadline or 0.0, waiter.deadline)
         runs_again = isolate or any(waiter.context.runs_again for waiter in batch)
         super().__init__(graph=batch[0].context.graph, deadline=deadline, runs_again=runs_again)
+        # What runs inside is traced for the first member that is.
+        self.trace = next((waiter.context.trace for waiter in batch if waiter.context.trace is not None), None)
         self._batch = batch
 
     @property

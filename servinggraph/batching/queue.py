@@ -9,7 +9,7 @@ other up, and a request that finds the node idle does not wait.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from heapq import heapify, heappop, heappush
 from math import inf
 from typing import Generic, Protocol, TypeVar
@@ -73,10 +73,20 @@ class _Group(Generic[MemberT]):
         return [levels[n] for n in sorted(levels)] if len(levels) > 1 else levels.values()
 
 
-class BatchQueue(Generic[MemberT]):
-    """Waiting members in order of level, then arrival, apart by key. Not thread-safe."""
+def _forget(member: object) -> None:
+    """Do nothing about a member that has gone."""
 
-    def __init__(self, policy: BatchPolicy) -> None:
+
+class BatchQueue(Generic[MemberT]):
+    """Waiting members in order of level, then arrival, apart by key. Not thread-safe.
+
+    Args:
+        policy: sizes, delays and limits.
+        on_gone: told each member that leaves the queue because nobody waits for it any more.
+    """
+
+    def __init__(self, policy: BatchPolicy, on_gone: Callable[[MemberT], None] = _forget) -> None:
+        self._on_gone = on_gone
         self._max_rows = policy.max_rows
         self._delay = policy.max_delay_ms / 1e3
         self._preferred = sorted(policy.preferred_rows or [policy.max_rows])
@@ -247,6 +257,7 @@ class BatchQueue(Generic[MemberT]):
                 places.popleft()
                 if member is not None:
                     self._remove(place, member)
+                    self._on_gone(member)
         return front, leaves_at
 
     def _anybody_waits(self) -> bool:
@@ -282,6 +293,8 @@ class BatchQueue(Generic[MemberT]):
                             return batch  # keep the order: nothing overtakes a larger request
                         batch.append(member)
                         room -= member.rows
+                    else:
+                        self._on_gone(member)
                     self._remove(place, member)
                 places.popleft()
         return batch
@@ -293,3 +306,4 @@ class BatchQueue(Generic[MemberT]):
                     member = place.member
                     if member is not None and member.gone:
                         self._remove(place, member)
+                        self._on_gone(member)

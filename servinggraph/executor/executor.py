@@ -17,6 +17,7 @@ from servinggraph.executor.stretches import named, run_plan
 from servinggraph.executor.wiring import router_operation, step_operation, unshared, wrapped
 from servinggraph.interfaces import BatchPolicy, Handler, Operation, Router, Step
 from servinggraph.plan import Plan, PlanNode
+from servinggraph.statistics import GraphStatistics, NodeStatistics
 
 __all__ = ["Executor"]
 
@@ -29,12 +30,14 @@ class Executor:
     Attributes:
         plan: the plan.
         batchers: batcher of each batched node, by node name; the empty name for the whole graph's.
+        statistics: counters of the graph and its nodes.
         now: the clock of all deadlines, seconds.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.batchers: dict[str, Batcher] = {}
+        self.statistics = GraphStatistics({node.name: NodeStatistics() for node in plan.every_node()})
         self._steps: list[tuple[PlanNode, Step[Any]]] = [
             (node, node.work) for node in plan.every_node() if isinstance(node.work, Step)
         ]
@@ -66,16 +69,17 @@ class Executor:
         """Make the callable that runs requests of what the steps' loads have given."""
         operations = {node.name: self._operation(node, policies) for node in self.plan.nodes}
         if self.plan.decoupled:
-            self._streaming = Streaming(self.plan.nodes, operations, self.plan.answer)
+            self._streaming = Streaming(self.plan.nodes, operations, self.plan.answer, self.statistics.nodes)
             self._run = _one_answer_only
             return
         first = self.plan.nodes[0]
         if len(operations) == 1 and self._is_bare_batcher(first, operations[first.name]):
             whole = operations[first.name]  # it names its errors and looks at the deadline itself
         else:
-            whole = run_plan(self.plan.nodes, operations, self.plan.answer)
+            whole = run_plan(self.plan.nodes, operations, self.plan.answer, self.statistics.nodes)
         if self.plan.batch is not None:
-            self.batchers[""] = Batcher(whole, self.plan.batch, self.plan.name)
+            self.statistics.whole = NodeStatistics()
+            self.batchers[""] = Batcher(whole, self.plan.batch, self.plan.name, None, self.statistics.whole)
             whole = self.batchers[""].operation()
         self._run = entered(self._enter, whole.handler) if self.plan.body else whole.handler
         self._suspends = whole.suspends
@@ -158,17 +162,18 @@ class Executor:
         if node.streams:
             assert isinstance(node.work, Step)
             return node.work.operation()  # what else its definition asks for is done to each item
+        statistics = self.statistics.nodes[node.name]
         if isinstance(node.work, Router):
             branches = {short: self._branch(branch, policies) for short, branch in node.branches.items()}
             operation = router_operation(node.work, branches)
             policy = BatchPolicy() if node.batch is True else node.batch or None
             if policy is not None:
-                batcher = Batcher(operation, policy, node.name)
+                batcher = Batcher(operation, policy, node.name, None, statistics)
                 self.batchers[node.name] = batcher
                 operation = batcher.operation()
         else:
-            operation = step_operation(node, node.work, policies[node.name], self.batchers)
-        return wrapped(node, operation)
+            operation = step_operation(node, node.work, policies[node.name], self.batchers, statistics)
+        return wrapped(node, operation, statistics)
 
     def _is_bare_batcher(self, node: PlanNode, operation: Operation) -> bool:
         """Tell whether an operation is a batcher's own, with nothing wrapped around it."""
@@ -180,7 +185,7 @@ class Executor:
         if self._is_bare_batcher(node, operation):
             # A batcher names its node itself, its future needs no task around it, and it changes no value.
             return operation.call
-        operation = named([(node.name, operation)])
+        operation = named([(node.name, operation)], self.statistics.nodes)
         return _alone(operation) if operation.suspends else _at_once(operation, self._loop)
 
 

@@ -18,6 +18,7 @@ from servinggraph.executor.stretches import Branching, RunState, named, stretche
 from servinggraph.executor.wiring import limited, mapping_of, output_check, read_only, unshared, whole_rows
 from servinggraph.interfaces import Operation
 from servinggraph.plan import INPUTS, PlanNode
+from servinggraph.statistics import NodeStatistics
 
 __all__ = ["END", "StreamRun", "Streaming"]
 
@@ -28,6 +29,8 @@ END: Final = object()
 
 Values = dict[str, Any]
 """Results that a stream goes on to use, by the node that gave them."""
+
+Counters = Mapping[str, NodeStatistics]
 
 Segment = Callable[[Values, Context], Awaitable[Any]]
 
@@ -92,9 +95,12 @@ class Streaming:
         nodes: in an order in which every node comes after its sources.
         operations: what each node does.
         answer: the node whose result is the answer.
+        statistics: where each node is counted; a generator for each request, and its items apart.
     """
 
-    def __init__(self, nodes: Sequence[PlanNode], operations: Mapping[str, Operation], answer: str) -> None:
+    def __init__(
+        self, nodes: Sequence[PlanNode], operations: Mapping[str, Operation], answer: str, statistics: Counters
+    ) -> None:
         # How many generators a result comes behind; and, of each node, the segment in which it runs.
         level = {INPUTS: 0}
         runs_in: dict[str, int] = {}
@@ -110,13 +116,16 @@ class Streaming:
         for node in nodes:
             if node.streams:
                 calls[node.name], pull = _open_and_pull(node, operations[node.name])
-                self._pulls.append(named([(node.name, pull)]))
+                items = statistics[node.name].items = NodeStatistics()
+                self._pulls.append(named([(node.name, pull)], {node.name: items}))
         self._segments: list[Segment | None] = []
         for number, result in enumerate([*self._generators, answer]):
             inside = [node for node in nodes if runs_in[node.name] == number]
             made = {node.name for node in inside}
             given = list(dict.fromkeys(source for node in inside for source in node.sources if source not in made))
-            self._segments.append(_segment(inside, calls, result, given, takers, later, self._shared) if inside else None)
+            self._segments.append(
+                _segment(inside, calls, result, given, takers, later, self._shared, statistics) if inside else None
+            )
 
     def begin(self, value: Any) -> StreamRun:
         """Return a request that has not yet run at all."""
@@ -199,14 +208,15 @@ def _segment(
     takers: Mapping[str, int],
     later: set[str],
     shared: set[str],
+    statistics: Counters,
 ) -> Segment:
     """Return what runs nodes of one segment and gives the result of one of them; those that are used later join the values."""
     stretches = stretches_of(nodes, takers)
     if len(stretches) > 1 or len(stretches[0][0].sources) > 1:
         kept = [node.name for node in nodes if node.name in later and node.name != result]
         inside = [name for name in shared if name in given or name in kept]
-        return _Segment(stretches, operations, result, given, inside, kept).operation().handler
-    line = named([(node.name, operations[node.name]) for node in stretches[0]])
+        return _Segment(stretches, operations, result, given, inside, kept, statistics).operation().handler
+    line = named([(node.name, operations[node.name]) for node in stretches[0]], statistics)
     (source,) = given
     call = line.handler
     if source in shared:
@@ -233,8 +243,9 @@ class _Segment(Branching):
         given: Sequence[str],
         shared: Sequence[str],
         kept: Sequence[str],
+        statistics: Counters,
     ) -> None:
-        super().__init__(stretches, operations, result, given, shared)
+        super().__init__(stretches, operations, result, statistics, given, shared)
         self._given = given
         self._kept = {self._number_of[name]: name for name in kept}
 

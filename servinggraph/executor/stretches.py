@@ -8,108 +8,146 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
-from time import perf_counter
+from time import perf_counter_ns
 from typing import Any, Final
 
 from servinggraph.context import Context
 from servinggraph.errors import DeadlineExceeded, ServingGraphError, StepFailed
-from servinggraph.executor.wiring import SLOW_STEP_S, SlowSteps, as_failure, read_only, unshared
+from servinggraph.executor.wiring import SLOW_STEP_NS, SlowSteps, as_failure, read_only, unshared
 from servinggraph.interfaces import Operation
 from servinggraph.plan import INPUTS, PlanNode
+from servinggraph.statistics import NodeStatistics
+from servinggraph.tracing import trace_alone
 
 __all__ = ["Branching", "RunState", "named", "run_plan", "stretches_of", "takers_of"]
 
 Runner = Callable[[Any, Context], Any]
 
 
-def run_plan(nodes: Sequence[PlanNode], operations: Mapping[str, Operation], answer: str) -> Operation:
+def run_plan(
+    nodes: Sequence[PlanNode], operations: Mapping[str, Operation], answer: str, statistics: Mapping[str, NodeStatistics]
+) -> Operation:
     """Return one operation that runs all nodes and gives the answer's value.
 
     Args:
         nodes: in an order in which every node comes after its sources.
         operations: what each node does.
         answer: the node whose result is the answer.
+        statistics: where each node is counted.
     """
     stretches = stretches_of(nodes, takers_of(nodes))
     if len(stretches) == 1:
-        return named([(node.name, operations[node.name]) for node in stretches[0]])
-    return Branching(stretches, operations, answer).operation()
+        return named([(node.name, operations[node.name]) for node in stretches[0]], statistics)
+    return Branching(stretches, operations, answer, statistics).operation()
 
 
-def named(steps: Sequence[tuple[str, Operation]]) -> Operation:
-    """Return one operation that runs operations one after the other and names the one that fails."""
+def named(steps: Sequence[tuple[str, Operation]], statistics: Mapping[str, NodeStatistics]) -> Operation:
+    """Return one operation that runs operations one after the other, counts them, and names the one that fails."""
     clock = asyncio.get_running_loop().time
+    counted = [(name, operation, statistics[name]) for name, operation in steps]
     if any(operation.suspends for _, operation in steps):
-        return Operation(_awaiting(steps, clock), suspends=True)
-    return Operation(_plain(steps, clock), suspends=False)
+        return Operation(_awaiting(counted, clock), suspends=True)
+    return Operation(_plain(counted, clock), suspends=False)
 
 
-def _plain(steps: Sequence[tuple[str, Operation]], clock: Callable[[], float]) -> Runner:
+Counted = Sequence[tuple[str, Operation, NodeStatistics]]
+
+
+def _plain(steps: Counted, clock: Callable[[], float]) -> Runner:
     """Return a plain callable that runs operations of which none suspends."""
-    calls = [(name, operation.call) for name, operation in steps]
+    calls = [(name, operation.call, counters) for name, operation, counters in steps]
     report_slow = SlowSteps().report
 
     def run(value: Any, context: Context) -> Any:
         name = ""
         deadline = context.deadline
-        started = perf_counter()
+        trace = context.trace
+        began = perf_counter_ns()
         try:
-            for name, call in calls:
+            for name, call, counters in calls:
                 if deadline is not None and clock() >= deadline:
                     raise DeadlineExceeded("Request timeout expired before it ran")
                 value = call(value, context)
-                now = perf_counter()
-                if now - started > SLOW_STEP_S:
-                    report_slow(name, now - started)
-                started = now
-        except ServingGraphError as error:
-            error.at(name)
-            raise
-        except KeyboardInterrupt:  # not the step's: somebody stops the process
-            raise
-        except BaseException as error:  # also CancelledError: nobody can cancel a plain call from outside
+                now = perf_counter_ns()
+                took = now - began
+                counters.success += 1
+                counters.busy_ns += took
+                counters.last_ns = now
+                if trace is not None:
+                    trace_alone(trace, name, began, now)
+                if took > SLOW_STEP_NS:
+                    report_slow(name, took)
+                began = now
+        except BaseException as error:
+            counters.failed(perf_counter_ns() - began)
+            if isinstance(error, ServingGraphError):
+                error.at(name)
+                raise
+            if isinstance(error, KeyboardInterrupt):  # not the step's: somebody stops the process
+                raise
+            # Also CancelledError: nobody can cancel a plain call from outside.
             raise as_failure(error, name) from error
         return value
 
     return run
 
 
-def _awaiting(steps: Sequence[tuple[str, Operation]], clock: Callable[[], float]) -> Runner:
+def _awaiting(steps: Counted, clock: Callable[[], float]) -> Runner:
     """Return an async callable that runs operations of which some suspend."""
-    calls = [(name, operation.call, operation.suspends) for name, operation in steps]
+    calls = [(name, operation.call, operation.suspends, counters) for name, operation, counters in steps]
     report_slow = SlowSteps().report
 
     async def run(value: Any, context: Context) -> Any:
         name = ""
         deadline = context.deadline
+        trace = context.trace
+        began = 0
         try:
-            for name, call, suspends in calls:
+            for name, call, suspends, counters in calls:
                 if deadline is not None and clock() >= deadline:
+                    began = 0
                     raise DeadlineExceeded("Request timeout expired before it ran")
-                if suspends:
+                if counters.batched:  # its batcher counts
                     value = await call(value, context)
-                else:
-                    started = perf_counter()
-                    value = call(value, context)
-                    seconds = perf_counter() - started
-                    if seconds > SLOW_STEP_S:
-                        report_slow(name, seconds)
-        except ServingGraphError as error:
-            error.at(name)
-            raise
-        except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            # Nobody cancelled this request: something that the step waited for was cancelled.
-            raise StepFailed("was cancelled from inside").at(name) from error
-        except (KeyboardInterrupt, GeneratorExit):  # the process, or the event loop, is ending
-            raise
+                    continue
+                began = perf_counter_ns()
+                value = call(value, context)
+                if suspends:
+                    value = await value
+                now = perf_counter_ns()
+                took = now - began
+                counters.success += 1
+                counters.busy_ns += took
+                counters.last_ns = now
+                if trace is not None:
+                    trace_alone(trace, name, began, now)
+                if took > SLOW_STEP_NS and not suspends:
+                    report_slow(name, took)
         except BaseException as error:
-            raise as_failure(error, name) from error
+            if not counters.batched:
+                counters.failed(perf_counter_ns() - began if began else 0)
+            failure = _failure_of(error, name)
+            if failure is error:
+                raise
+            raise failure from error
         return value
 
     return run
+
+
+def _failure_of(error: BaseException, name: str) -> BaseException:
+    """Return what a node's failure is to whoever waits for it."""
+    if isinstance(error, ServingGraphError):
+        return error.at(name)
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            return error
+        # Nobody cancelled this request: something that the step waited for was cancelled.
+        return StepFailed("was cancelled from inside").at(name)
+    if isinstance(error, KeyboardInterrupt | GeneratorExit):  # the process, or the event loop, is ending
+        return error
+    return as_failure(error, name)
 
 
 def takers_of(nodes: Sequence[PlanNode]) -> dict[str, int]:
@@ -163,6 +201,7 @@ class Branching:
         stretches: in an order in which each comes after its sources.
         operations: what each node does.
         answer: the node whose result is the answer.
+        statistics: where each node is counted.
         given: names of the values that are there from the beginning.
         shared: names of values that others take as well, besides these stretches.
     """
@@ -172,11 +211,12 @@ class Branching:
         stretches: list[list[PlanNode]],
         operations: Mapping[str, Operation],
         answer: str,
+        statistics: Mapping[str, NodeStatistics],
         given: Sequence[str] = (INPUTS,),
         shared: Collection[str] = (),
     ) -> None:
         number_of = {stretch[-1].name: index for index, stretch in enumerate(stretches)}
-        joined = [named([(node.name, operations[node.name]) for node in stretch]) for stretch in stretches]
+        joined = [named([(node.name, operations[node.name]) for node in stretch], statistics) for stretch in stretches]
         self._calls: list[Runner] = [operation.call for operation in joined]
         self._suspends = [operation.suspends for operation in joined]
         # What is given are the results behind the last stretch; it is all there at once, so it counts as one.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from time import perf_counter
+from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from servinggraph.context import Context
 from servinggraph.errors import DeadlineExceeded, ServingGraphError, StepFailed
 from servinggraph.interfaces import BatchPolicy, Handler, Operation, Router, RowErrors, Step
 from servinggraph.plan import PlanNode
+from servinggraph.statistics import NodeStatistics
 from servinggraph.tensors import TensorSpec, datatype_of, fits_shape
 
 __all__ = [
@@ -37,7 +38,7 @@ __all__ = [
 
 logger = logging.getLogger("servinggraph.executor")
 
-SLOW_STEP_S = 0.05
+SLOW_STEP_NS = 50_000_000
 """An inline step that holds the event loop for longer is reported, once."""
 
 
@@ -47,7 +48,7 @@ class SlowSteps:
     def __init__(self) -> None:
         self._reported: set[str] = set()
 
-    def report(self, name: str, seconds: float) -> None:
+    def report(self, name: str, ns: int) -> None:
         if name in self._reported:
             return
         self._reported.add(name)
@@ -55,11 +56,13 @@ class SlowSteps:
             "node '%s' held the event loop for %.0f ms, and every other request waited: "
             "give it 'run: thread' or make it async (reported once)",
             name,
-            seconds * 1e3,
+            ns / 1e6,
         )
 
 
-def step_operation(node: PlanNode, step: Step[Any], policy: BatchPolicy | None, batchers: dict[str, Batcher]) -> Operation:
+def step_operation(
+    node: PlanNode, step: Step[Any], policy: BatchPolicy | None, batchers: dict[str, Batcher], statistics: NodeStatistics
+) -> Operation:
     """Return a step's operation, batched if there is a policy; a new batcher joins `batchers` under the node's name."""
     operation = step.operation()
     if policy is None:
@@ -67,7 +70,7 @@ def step_operation(node: PlanNode, step: Step[Any], policy: BatchPolicy | None, 
     admit = step.admit if type(step).admit is not Step.admit else None
     if not operation.suspends:
         operation = _measured(operation, node.name)
-    batcher = Batcher(operation, policy, node.name, admit)
+    batcher = Batcher(operation, policy, node.name, admit, statistics)
     batchers[node.name] = batcher
     return batcher.operation()
 
@@ -83,13 +86,13 @@ def router_operation(router: Router[Any], branches: Mapping[str, Handler]) -> Op
     return Operation(call, suspends=True)
 
 
-def wrapped(node: PlanNode, operation: Operation) -> Operation:
+def wrapped(node: PlanNode, operation: Operation, statistics: NodeStatistics) -> Operation:
     """Return the operation with the node's declared outputs, renames, kept tensors and time limit."""
     if node.outputs is not None:
-        operation = _then(operation, output_check(node.name, node.outputs))
+        operation = _then(operation, _counted(output_check(node.name, node.outputs), statistics))
     mapping = mapping_of(node)
     if mapping is not None:
-        operation = _mapped(operation, *mapping)
+        operation = _mapped(operation, mapping[0], _counted(mapping[1], statistics))
     if node.timeout_s is not None:
         operation = limited(operation, node.timeout_s)
     return operation
@@ -127,11 +130,11 @@ def _measured(operation: Operation, name: str) -> Operation:
     report_slow = SlowSteps().report
 
     def run(value: Any, context: Context) -> Any:
-        began = perf_counter()
+        began = perf_counter_ns()
         result = call(value, context)
-        seconds = perf_counter() - began
-        if seconds > SLOW_STEP_S:
-            report_slow(name, seconds)
+        took = perf_counter_ns() - began
+        if took > SLOW_STEP_NS:
+            report_slow(name, took)
         return result
 
     return Operation(run, suspends=False)
@@ -178,6 +181,21 @@ def output_check(node: str, declared: Mapping[str, TensorSpec]) -> Callable[[Any
         return result
 
     return check
+
+
+def _counted(after: Callable[..., Any], statistics: NodeStatistics) -> Callable[..., Any]:
+    """Return `after`, whose failure makes what the node's batcher has counted as answered a failure."""
+    if not statistics.batched:
+        return after
+
+    def run(*values: Any) -> Any:
+        try:
+            return after(*values)
+        except BaseException:
+            statistics.answer_failed()
+            raise
+
+    return run
 
 
 def mapping_of(node: PlanNode) -> tuple[Callable[[Any], Any], Callable[[Any, Any], Any]] | None:

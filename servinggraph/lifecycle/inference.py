@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from time import perf_counter_ns
 
 from servinggraph.context import Context
 from servinggraph.errors import ServingGraphError, StepFailed
 from servinggraph.lifecycle.catalog import ServedGraph
 from servinggraph.messages import InferenceRequest, InferenceResponse
+from servinggraph.statistics import StreamProgress
 
 __all__ = ["infer", "stream"]
 
@@ -32,6 +34,10 @@ async def infer(graph: ServedGraph, request: InferenceRequest, context: Context)
     """
     plan = graph.plan
     graph.requests += 1
+    began = perf_counter_ns()
+    outputs = None
+    if context.trace is not None:
+        context.trace.begin(request.inputs)
     try:
         value = await graph.executor.run(request.inputs, context)
         outputs = graph.finish(value, plan.outputs, plan.answer)
@@ -43,6 +49,13 @@ async def infer(graph: ServedGraph, request: InferenceRequest, context: Context)
         raise StepFailed(f"{type(error).__name__}: {error}").at(plan.answer) from error
     finally:
         graph.leave()
+        ended = perf_counter_ns()
+        if outputs is None:
+            graph.executor.statistics.requests.failed(ended - began)
+        else:
+            graph.executor.statistics.succeeded(ended, ended - began, request.inputs)
+        if context.trace is not None:
+            context.trace.end(outputs)
     return InferenceResponse(plan.name, plan.version, outputs, request.id, context.response_parameters)
 
 
@@ -58,11 +71,19 @@ async def stream(graph: ServedGraph, request: InferenceRequest, context: Context
         yield await infer(graph, request, context)
         return
     graph.requests += 1
+    progress = StreamProgress(graph.executor.statistics)
+    if context.trace is not None:
+        context.trace.begin(request.inputs)
     try:
         async with aclosing(graph.executor.stream(request.inputs, context)) as values:
             async for value in values:
                 outputs = graph.finish(value, plan.outputs, plan.answer)
+                progress.answered()
+                if context.trace is not None:
+                    context.trace.answer(outputs)
                 yield InferenceResponse(plan.name, plan.version, outputs, request.id, dict(context.response_parameters))
+                progress.asked()
+        progress.ended(request.inputs)
     except ServingGraphError as error:
         if error.__class__ is StepFailed:
             error.at(plan.answer)
@@ -71,3 +92,6 @@ async def stream(graph: ServedGraph, request: InferenceRequest, context: Context
         raise StepFailed(f"{type(error).__name__}: {error}").at(plan.answer) from error
     finally:
         graph.leave()
+        progress.leave()
+        if context.trace is not None:
+            context.trace.end(None)
