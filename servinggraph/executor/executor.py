@@ -31,6 +31,8 @@ class Executor:
         plan: the plan.
         batchers: batcher of each batched node, by node name; the empty name for the whole graph's.
         statistics: counters of the graph and its nodes.
+        max_rows: rows that one run of the graph may have, known once it is started; 0 where requests
+            are no batches: the first axis of some input or output is fixed, or no node is batched.
         now: the clock of all deadlines, seconds.
     """
 
@@ -41,6 +43,7 @@ class Executor:
         self._steps: list[tuple[PlanNode, Step[Any]]] = [
             (node, node.work) for node in plan.every_node() if isinstance(node.work, Step)
         ]
+        self.max_rows = 0
         self._run: Handler = _not_started
         self._suspends = False
         self._streaming: Streaming | None = None
@@ -83,6 +86,14 @@ class Executor:
             whole = self.batchers[""].operation()
         self._run = entered(self._enter, whole.handler) if self.plan.body else whole.handler
         self._suspends = whole.suspends
+        self.max_rows = self._rows_of_a_run()
+        self.statistics.counts_rows = self.max_rows > 0
+
+    def _rows_of_a_run(self) -> int:
+        tensors = [*self.plan.inputs.values(), *(self.plan.outputs or {}).values()]
+        if not self.plan.inputs or any(not spec.shape or spec.shape[0] != -1 for spec in tensors):
+            return 0
+        return min((batcher.policy.max_rows for batcher in self.batchers.values()), default=0)
 
     async def stop(self) -> None:
         """Finish the batches that run, refuse what waits, unload all steps."""

@@ -13,13 +13,19 @@ from starlette.responses import Response
 
 from servinggraph.errors import ServingGraphError
 from servinggraph.lifecycle import Serving
-from servinggraph.protocols.http.endpoints import health, invocations, shared_memory
+from servinggraph.protocols.http.endpoints import health, invocations, shared_memory, statistics
 from servinggraph.protocols.http.endpoints.routing import json_response
 from servinggraph.protocols.http.status import error_response
 
 __all__ = ["make_app"]
 
-_PARTS = (health, invocations, shared_memory)
+# Statistics before health: `/v2/models/stats` is not the metadata of a graph called stats.
+_PARTS = (
+    statistics,
+    health,
+    invocations,
+    shared_memory,
+)
 
 
 def make_app(serving: Serving) -> Starlette:

@@ -62,12 +62,12 @@ class InferRoute(Exchange[EncodedResponse]):
         response = await infer(graph, request, context)
         try:
             return encode_response(response, request)
-        except StepFailed as error:
-            error.at(plan.answer)
-            raise
-        except ServingGraphError:
-            raise
         except Exception as error:  # an answer that cannot be encoded
+            graph.executor.statistics.answer_failed()
+            if isinstance(error, StepFailed):
+                error.at(plan.answer)
+            if isinstance(error, ServingGraphError):
+                raise
             raise StepFailed(f"{type(error).__name__}: {error}").at(plan.answer) from error
 
     def fields(self, answer: EncodedResponse) -> list[tuple[bytes, bytes]]:
