@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import socket
+from typing import Final
 
 import grpc
 
 from servinggraph.lifecycle import Serving
+from servinggraph.protocols.grpc.codec import MAX_MESSAGE_BYTES
+from servinggraph.protocols.grpc.requests import receive_limit
 from servinggraph.protocols.grpc.service import Service
 
 __all__ = ["GrpcFrontEnd"]
+
+_FAREWELL_S: Final = 1.0
+"""Time for calls that are cancelled at the end of a stop to send their status."""
 
 
 class GrpcFrontEnd:
@@ -26,6 +33,7 @@ class GrpcFrontEnd:
     def __init__(self, serving: Serving, host: str, port: int) -> None:
         self._serving = serving
         self._host = host
+        self._service: Service
         self._server: grpc.aio.Server | None = None
         self._socket: socket.socket | None = None
         self.port = port
@@ -55,7 +63,13 @@ class GrpcFrontEnd:
         Raises:
             OSError: another process was quicker to listen.
         """
-        self._server = grpc.aio.server(handlers=[Service(self._serving)], options=[("grpc.so_reuseport", 0)])
+        self._service = Service(self._serving)
+        options = [
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", receive_limit(self._serving.options.max_body_bytes)),
+            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ]
+        self._server = grpc.aio.server(handlers=[self._service], options=options)
         host = f"[{self._host}]" if ":" in self._host else self._host
         try:
             self._server.add_insecure_port(f"{host}:{self.port}")
@@ -67,8 +81,14 @@ class GrpcFrontEnd:
     async def stop(self, grace_s: float) -> None:
         """Stop accepting, let requests in flight finish, cancel what is left after `grace_s` seconds."""
         self._release()
-        if self._server is not None:
-            await self._server.stop(grace_s)
+        if self._server is None:
+            return
+        # gRPC's own time is longer, so that what is cut off is told why.
+        stopping = asyncio.ensure_future(self._server.stop(grace_s + _FAREWELL_S))
+        done, _ = await asyncio.wait({stopping}, timeout=grace_s)
+        if not done:
+            self._service.close()
+        await stopping
 
     def _release(self) -> None:
         if self._socket is not None:

@@ -8,7 +8,9 @@ import grpc
 
 from servinggraph.lifecycle import Serving
 from servinggraph.protocols.grpc.endpoints import health
-from servinggraph.protocols.grpc.routing import unary
+from servinggraph.protocols.grpc.infer import ModelInfer
+from servinggraph.protocols.grpc.requests import Requests
+from servinggraph.protocols.grpc.routing import SERVICE, unary
 
 __all__ = ["Service"]
 
@@ -25,7 +27,15 @@ class Service(grpc.GenericRpcHandler):
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         for part in _PARTS:
             self._handlers |= unary(part.methods(serving))
+        self._requests = Requests(serving)
+        self._infer = ModelInfer(self._requests)
+        self._handlers[f"/{SERVICE}/ModelInfer"] = grpc.unary_unary_rpc_method_handler(self._infer.answer)
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Return the handler for a path, None when there is none."""
         return self._handlers.get(handler_call_details.method)
+
+    def close(self) -> None:
+        """Cancel what is in flight: the time that it had to finish is over."""
+        self._requests.closing = True
+        self._infer.cancel()

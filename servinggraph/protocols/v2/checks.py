@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 from servinggraph.errors import DatatypeMismatch, InvalidRequest, ShapeMismatch
 from servinggraph.plan import Plan
-from servinggraph.tensors import Array, TensorSpec, datatype_of, fits_shape
+from servinggraph.tensors import Array, TensorSpec, datatype_of, element_count, fits_shape
 
-__all__ = ["check_array", "check_input", "check_names", "check_takes_tensors"]
+__all__ = ["check_array", "check_input", "check_names", "check_sizes", "check_takes_tensors"]
+
+_MAX_ELEMENTS: Final = 2**63 - 1
+_MAX_AXES: Final = 64
 
 
 def check_takes_tensors(plan: Plan) -> None:
@@ -43,6 +47,22 @@ def check_names(given: Mapping[str, object], declared: Mapping[str, TensorSpec],
         raise InvalidRequest(
             f"expected {expected} inputs but got {len(given)} inputs for model '{model}'. "
             f"Got input(s) {_quoted(given)}, but missing required input(s) {_quoted(missing)}"
+        )
+
+
+def check_sizes(name: str, sizes: Sequence[int]) -> None:
+    """Check that an input's shape, sizes 0 and more, is one that an array can have.
+
+    Raises:
+        InvalidRequest: too many axes, or elements.
+    """
+    if len(sizes) > _MAX_AXES:
+        raise InvalidRequest(
+            f"Unable to parse 'shape' of input '{name}': it has {len(sizes)} axes, at most {_MAX_AXES} are possible"
+        )
+    if element_count(sizes) > _MAX_ELEMENTS:
+        raise InvalidRequest(
+            f"shape {list(sizes)} of input '{name}' causes total element count to exceed maximum size of {_MAX_ELEMENTS}"
         )
 
 

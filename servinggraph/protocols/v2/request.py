@@ -10,14 +10,13 @@ from servinggraph.context import ParameterValue
 from servinggraph.errors import InvalidRequest, Unsupported
 from servinggraph.messages import InferenceRequest, RequestedOutput
 from servinggraph.protocols.v2.binary_data import decode_bytes
-from servinggraph.protocols.v2.checks import check_input, check_names
+from servinggraph.protocols.v2.checks import check_input, check_names, check_sizes
 from servinggraph.protocols.v2.json_data import decode_data, parse_json, shown
 from servinggraph.protocols.v2.shared_memory import REGION, Regions, input_in_region, output_in_region
 from servinggraph.tensors import DATATYPES, Array, TensorSpec, element_count
 
 __all__ = ["RequestLimits", "parse_request"]
 
-_MAX_ELEMENTS: Final = 2**63 - 1
 _SOURCES: Final = "Input must set only one of the following fields: 'data', 'binary_data_size', 'shared_memory_region'"
 
 
@@ -161,12 +160,7 @@ def _input_head(entry: Any) -> tuple[str, str, tuple[int, ...], dict[str, Any] |
         if type(size) is not int or size < 0:
             text = f"Unable to parse 'shape' of input '{name}': sizes are whole numbers from 0 on, got {shown(size)}"
             raise InvalidRequest(text)
-    if len(sizes) > 64:
-        raise InvalidRequest(f"Unable to parse 'shape' of input '{name}': it has {len(sizes)} axes, at most 64 are possible")
-    if element_count(sizes) > _MAX_ELEMENTS:
-        raise InvalidRequest(
-            f"shape {sizes} of input '{name}' causes total element count to exceed maximum size of {_MAX_ELEMENTS}"
-        )
+    check_sizes(name, sizes)
     parameters = entry.get("parameters")
     if parameters is not None and type(parameters) is not dict:
         raise InvalidRequest(f"Unable to parse 'parameters' of input '{name}': expected an object")

@@ -17,7 +17,7 @@ from servinggraph.protocols.v2.json_data import encodable, encode_data
 from servinggraph.protocols.v2.shared_memory import check_fits
 from servinggraph.tensors import Array, datatype_of
 
-__all__ = ["EncodedResponse", "encode_response"]
+__all__ = ["EncodedResponse", "encode_response", "known_datatype", "plain_parameters"]
 
 _OPTIONS: Final = orjson.OPT_SERIALIZE_NUMPY
 
@@ -63,7 +63,7 @@ def encode_response(response: InferenceResponse, request: InferenceRequest) -> E
     if response.id:
         document["id"] = response.id
     if response.parameters:
-        document["parameters"] = _parameters(response.parameters)
+        document["parameters"] = plain_parameters(response.parameters)
     document["outputs"] = entries
     text = _dumps(document)
     for memory, data in writes:
@@ -73,7 +73,7 @@ def encode_response(response: InferenceResponse, request: InferenceRequest) -> E
     return EncodedResponse(text, None)
 
 
-def _parameters(parameters: Mapping[str, Any]) -> dict[str, ParameterValue]:
+def plain_parameters(parameters: Mapping[str, Any]) -> dict[str, ParameterValue]:
     """Return response parameters as JSON has them: numpy scalars as numbers.
 
     Raises:
@@ -94,7 +94,12 @@ def _parameters(parameters: Mapping[str, Any]) -> dict[str, ParameterValue]:
     return plain
 
 
-def _datatype(name: str, array: Array) -> str:
+def known_datatype(name: str, array: Array) -> str:
+    """Return an output's datatype.
+
+    Raises:
+        StepFailed: V2 has none for its dtype.
+    """
     datatype = datatype_of(array)
     if datatype is None:
         raise StepFailed(f"output '{name}' has dtype {array.dtype}, which no V2 datatype stands for; convert it in the graph")
@@ -104,7 +109,7 @@ def _datatype(name: str, array: Array) -> str:
 def _in_memory(
     name: str, array: Array, memory: Destination, writes: list[tuple[Destination, memoryview | bytes]]
 ) -> dict[str, Any]:
-    datatype = _datatype(name, array)
+    datatype = known_datatype(name, array)
     data = encode_bytes(name, datatype, array)
     check_fits(name, data, memory)
     writes.append((memory, data))
@@ -112,7 +117,7 @@ def _in_memory(
 
 
 def _entry(name: str, array: Array, binary: bool, parts: list[memoryview | bytes]) -> dict[str, Any]:
-    datatype = _datatype(name, array)
+    datatype = known_datatype(name, array)
     if not binary:
         return {"name": name, "datatype": datatype, "shape": array.shape, "data": encode_data(name, datatype, array)}
     data = encode_bytes(name, datatype, array)

@@ -1,6 +1,6 @@
 """The front ends that the conformance suite runs through, all with the same three doors.
 
-A new front end (gRPC, Kafka) is a class with `open` here and one line in `FRONT_ENDS`.
+A new front end (Kafka) is a class with `open` here and one line in `FRONT_ENDS`.
 A wire's status is turned back into the error type, so that a test states the rule.
 """
 
@@ -12,7 +12,9 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol
 
+import grpc
 import numpy as np
+import tritonclient.grpc.service_pb2 as triton
 
 from servinggraph import Graph, InvalidRequest, ServingGraphError
 from servinggraph.errors import (
@@ -28,7 +30,9 @@ from servinggraph.errors import (
 from servinggraph.interfaces import FrontEndOptions
 from servinggraph.lifecycle import Serving
 from servinggraph.messages import InferenceResponse
+from servinggraph.protocols.grpc.server import GrpcFrontEnd
 from servinggraph.protocols.http.server import HttpFrontEnd
+from servinggraph.protocols.v2.binary_data import decode_bytes, encode_bytes
 from servinggraph.protocols.v2.client import decode_response, encode_request
 from servinggraph.tensors import datatype_of
 from servinggraph.testing import AsyncMock
@@ -37,6 +41,8 @@ ERRORS = {
     400: InvalidRequest, 404: GraphNotFound, 413: RequestTooLarge, 499: Cancelled,
     500: StepFailed, 501: Unsupported, 503: Unavailable, 504: DeadlineExceeded,
 }  # fmt: skip
+
+UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
 
 class Client(Protocol):
@@ -214,12 +220,115 @@ class Http:
             await serving.catalog.stop()
 
 
+STATUS = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest, grpc.StatusCode.NOT_FOUND: GraphNotFound,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: RequestTooLarge, grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.INTERNAL: StepFailed, grpc.StatusCode.UNIMPLEMENTED: Unsupported,
+    grpc.StatusCode.UNAVAILABLE: Unavailable, grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+}  # fmt: skip
+CONTENTS = {
+    "BOOL": "bool_contents", "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents",
+    "INT64": "int64_contents", "UINT8": "uint_contents", "UINT16": "uint_contents", "UINT32": "uint_contents",
+    "UINT64": "uint64_contents", "FP32": "fp32_contents", "FP64": "fp64_contents", "BYTES": "bytes_contents",
+}  # fmt: skip
+
+
+class Grpc:
+    """gRPC over a socket, on the test's own event loop; inputs as raw contents, or typed where there is a field for them."""
+
+    def __init__(self, *, typed: bool) -> None:
+        self._typed = typed
+
+    @asynccontextmanager
+    async def open(self, graph: Graph, **limits: Any) -> AsyncIterator[Client]:
+        serving = Serving(FrontEndOptions(**limits))
+        front_end = GrpcFrontEnd(serving, "127.0.0.1", 0)
+        front_end.bind()
+        await serving.catalog.load([graph.compile()])
+        await front_end.start()
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{front_end.port}", UNLIMITED) as channel:
+                yield GrpcClient(channel, graph.name, lambda: serving.admission.in_flight, typed=self._typed)
+        finally:
+            await front_end.stop(0.1)
+            await serving.catalog.stop()
+
+
+class GrpcClient:
+    """Speaks V2 over a channel, with the messages of Triton's own client."""
+
+    def __init__(self, channel: Any, model: str, in_flight: Callable[[], int], *, typed: bool) -> None:
+        self._call = channel.unary_unary(
+            "/inference.GRPCInferenceService/ModelInfer",
+            request_serializer=triton.ModelInferRequest.SerializeToString,
+            response_deserializer=triton.ModelInferResponse.FromString,
+        )
+        self._model = model
+        self._in_flight = in_flight
+        self._typed = typed
+
+    @property
+    def in_flight(self) -> int:
+        return self._in_flight()
+
+    async def infer(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        id: str = "",
+        parameters: Mapping[str, Any] | None = None,
+        outputs: Sequence[str] = (),
+        timeout_s: float | None = None,
+        model: str | None = None,
+        version: str = "",
+        twice: str | None = None,
+    ) -> InferenceResponse:
+        message = triton.ModelInferRequest(model_name=model or self._model, model_version=version, id=id)
+        for key, value in (parameters or {}).items():
+            _set_parameter(message.parameters[key], value)
+        names = [*inputs, *([twice] if twice else [])]
+        # Raw and typed contents do not mix in one request.
+        typed = self._typed and all(datatype_of(array) in CONTENTS for array in inputs.values())
+        for name in names:
+            array = inputs[name]
+            datatype = datatype_of(array) or str(array.dtype)
+            entry = message.inputs.add(name=name, datatype=datatype, shape=array.shape)
+            if typed:
+                entry.contents.SetInParent()
+                elements = [item.encode() if isinstance(item, str) else item for item in array.ravel().tolist()]
+                getattr(entry.contents, CONTENTS[datatype]).extend(elements)
+            else:
+                message.raw_input_contents.append(bytes(encode_bytes(name, datatype, array)))
+        for name in outputs:
+            message.outputs.add(name=name)
+        try:
+            answer = await self._call(message, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            text = error.details() or ""
+            kind = LimitExceeded if error.code() is grpc.StatusCode.UNAVAILABLE and "(limit '" in text else STATUS[error.code()]
+            raise kind(text) from None
+        arrays = {
+            output.name: decode_bytes(output.name, answer.model_name, output.datatype, output.shape, memoryview(raw))
+            for output, raw in zip(answer.outputs, answer.raw_output_contents, strict=True)
+        }
+        given = {key: getattr(value, value.WhichOneof("parameter_choice")) for key, value in answer.parameters.items()}
+        return InferenceResponse(answer.model_name, answer.model_version, arrays, answer.id, given)
+
+
+def _set_parameter(parameter: Any, value: Any) -> None:
+    kinds = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}
+    if type(value) in kinds:  # for anything else gRPC has no field: it stays unset
+        setattr(parameter, kinds[type(value)], value)
+
+
 FRONT_ENDS: dict[str, FrontEnd] = {
     "mock infer": Mock(),
     "mock json": Mock(by_request=True, binary=False),
     "mock binary": Mock(by_request=True, binary=True),
     "http json": Http(binary=False),
     "http binary": Http(binary=True),
+    "grpc raw": Grpc(typed=False),
+    "grpc typed": Grpc(typed=True),
 }
 
 

@@ -312,7 +312,7 @@ BAD_ANSWERS = [
     ({5: X}, "named 5"),
     (X, "expected a mapping of tensor name to numpy array"),
     (None, "gave a NoneType as the answer"),
-    ({"\ud800": X}, "TypeError"),
+    ({"\ud800": X}, "(TypeError|output .* half of a surrogate pair in its name)"),
 ]
 
 
@@ -409,10 +409,13 @@ async def test_a_deadline_ends_the_run_and_frees_the_slot(front_end):
 
     for options, limits in (({"timeout_s": 0.02}, {}), ({"parameters": {"timeout": 20_000}}, {}), ({}, {"timeout_ms": 20})):
         async with front_end.open(a_graph(wait, **limits)) as client:
-            with pytest.raises(DeadlineExceeded, match="Request timeout expired"):
+            # A gRPC client has the deadline, too, and does not wait for the server to say so.
+            with pytest.raises(DeadlineExceeded, match=r"Request timeout expired|^Deadline Exceeded$"):
                 await client.infer({"x": X}, **options)
+            async with asyncio.timeout(5):
+                while client.in_flight:
+                    await asyncio.sleep(0)
             assert ended.pop()
-            assert 0 == client.in_flight
 
 
 async def test_a_server_that_is_full_refuses_at_once_and_names_the_limit(front_end):

@@ -1,0 +1,69 @@
+"""`ModelInfer`: one request, one answer. Everything that every request pays for is in `ModelInfer.answer`."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from servinggraph.context import Context
+from servinggraph.errors import ServingGraphError, Unavailable, Unsupported
+from servinggraph.lifecycle import infer
+from servinggraph.protocols.grpc.requests import Requests, failure_of
+from servinggraph.protocols.grpc.routing import Call, abort
+
+__all__ = ["ModelInfer"]
+
+
+class ModelInfer:
+    """Answers calls of one request.
+
+    A call runs in the task that grpc.aio made for it and cancels when the caller has gone, or its
+    deadline has passed.
+
+    Args:
+        requests: decodes them.
+    """
+
+    def __init__(self, requests: Requests) -> None:
+        self._requests = requests
+        self._admission = requests.serving.admission
+        self._loop = asyncio.get_running_loop()
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def answer(self, data: bytes, call: Call) -> bytes:
+        """Answer one call, bytes in and out."""
+        requests = self._requests
+        task = asyncio.current_task(self._loop)
+        assert task is not None  # grpc.aio makes one for each call
+        context = Context()
+        failure: ServingGraphError | None
+        try:
+            self._admission.enter()
+        except ServingGraphError as error:
+            return await abort(call, error)
+        self._tasks.add(task)
+        try:
+            request = requests.decode(*requests.split(data), call, context)
+            if request.decoupled:
+                raise Unsupported(
+                    f"ModelInfer RPC doesn't support models with decoupled transaction policy: '{context.graph}' gives any "
+                    "number of answers; use ModelStreamInfer"
+                )
+            response = await infer(request.graph, request.request, context)
+            return requests.encode(response, request)
+        except (Exception, asyncio.CancelledError) as error:
+            failure = failure_of(error, task)
+            if failure is None:
+                if not requests.closing:
+                    raise
+                failure = Unavailable("the server is shutting down")
+        finally:
+            self._tasks.discard(task)
+            context.when_idle(self._admission.leave)
+        requests.report(failure, context)
+        return await abort(call, failure)
+
+    def cancel(self) -> None:
+        """Cancel what is in flight; `Requests.closing` says why."""
+        for task in self._tasks:
+            task.cancel()
