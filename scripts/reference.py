@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from servinggraph.interfaces import BatchPolicy
+from servinggraph.interfaces import BatchPolicy, SequencePolicy
 from servinggraph.registry import kinds, load_kind
 from servinggraph.server import ServerOptions
 from servinggraph.spec import GraphSpec, NodeSpec, Rename, TensorModel
@@ -57,6 +57,9 @@ def page() -> str:
         "## `batch`",
         "",
         *table(BatchPolicy),
+        "## `sequences`",
+        "",
+        *table(SequencePolicy),
         "## Steps",
         "",
     ]
@@ -65,7 +68,9 @@ def page() -> str:
             lines += ["## Routers", ""]
         for kind in sorted(kinds(group)):
             options = load_kind(group, kind).options_type
-            nested = {name: f.annotation for name, f in options.model_fields.items() if hasattr(f.annotation, "model_fields")}
+            # A model, or a list of them.
+            inner = {name: next(iter(get_args(f.annotation)), f.annotation) for name, f in options.model_fields.items()}
+            nested = {name: model for name, model in inner.items() if hasattr(model, "model_fields")}
             lines += [f"### `{key}: {kind}`", "", *table(options)]
             for name, model in nested.items():
                 lines += [f"`{name}`:", "", *table(model)]

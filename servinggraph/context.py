@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from servinggraph.tracing import Trace
 
+from servinggraph.sequence import Turn
+
 __all__ = ["Context", "Headers", "ParameterValue"]
 
 ParameterValue = str | int | float | bool
@@ -105,6 +107,20 @@ class Context:
         self._on_idle: Callable[[], None] | None = None
 
     @property
+    def sequence(self) -> Turn | None:
+        """The request's turn in its sequence; None in a graph without `sequences`.
+
+        Raises:
+            StepFailed: in a batch of several requests, which has `sequences`.
+        """
+        return None
+
+    @property
+    def sequences(self) -> tuple[Turn, ...]:
+        """The turns of all requests of a batch, in order; of a request by itself, its own; empty outside of sequences."""
+        return ()
+
+    @property
     def cancelled(self) -> bool:
         """True once nobody waits for the answer any more: the caller left, or the time was up.
 
@@ -125,6 +141,10 @@ class Context:
     def for_piece(self) -> Context:
         """Return a view for a piece of the request, whose response parameters stand apart."""
         return _View(self, self.deadline, {})
+
+    def in_sequence(self, turn: Turn) -> Context:
+        """Return a view for a request's turn in a sequence, with a `when_idle` of its own."""
+        return _InSequence(self, turn)
 
     def begin_work(self) -> None:
         """Note that work has started which cannot be interrupted (a thread, a batch on a device)."""
@@ -162,6 +182,14 @@ class _View(Context):
         self.deadline, self.response_parameters = deadline, response_parameters
 
     @property
+    def sequence(self) -> Turn | None:
+        return self._whole.sequence
+
+    @property
+    def sequences(self) -> tuple[Turn, ...]:
+        return self._whole.sequences
+
+    @property
     def cancelled(self) -> bool:
         return self._whole.cancelled
 
@@ -176,3 +204,34 @@ class _View(Context):
 
     def when_idle(self, release: Callable[[], None]) -> None:
         self._whole.when_idle(release)
+
+
+class _InSequence(_View):
+    """Counts uninterruptible work itself as well: the sequence's next request waits until it has ended."""
+
+    __slots__ = ("_turn",)
+
+    def __init__(self, whole: Context, turn: Turn) -> None:
+        super().__init__(whole, whole.deadline, whole.response_parameters)
+        self._turn = turn
+        self._running = 0
+        self._on_idle = None
+
+    @property
+    def sequence(self) -> Turn:
+        return self._turn
+
+    @property
+    def sequences(self) -> tuple[Turn, ...]:
+        return (self._turn,)
+
+    def begin_work(self) -> None:
+        Context.begin_work(self)
+        self._whole.begin_work()
+
+    def end_work(self) -> None:
+        self._whole.end_work()
+        Context.end_work(self)
+
+    def when_idle(self, release: Callable[[], None]) -> None:
+        Context.when_idle(self, release)

@@ -17,7 +17,18 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from servinggraph.context import Context
 from servinggraph.tensors import Signature
 
-__all__ = ["BatchPolicy", "FrontEndOptions", "Handler", "NodeSketch", "Operation", "Options", "Router", "RowErrors", "Step"]
+__all__ = [
+    "BatchPolicy",
+    "FrontEndOptions",
+    "Handler",
+    "NodeSketch",
+    "Operation",
+    "Options",
+    "Router",
+    "RowErrors",
+    "SequencePolicy",
+    "Step",
+]
 
 Handler = Callable[[Any, Context], Awaitable[Any]]
 """The one contract of the kernel: an async callable from (value, context) to a value."""
@@ -72,6 +83,19 @@ class BatchPolicy(Options):
         if self.default_priority and self.default_priority > self.priorities:
             raise ValueError(f"default_priority {self.default_priority} is beyond priorities {self.priorities}")
         return self
+
+
+class SequencePolicy(Options):
+    """Requests of a graph that belong together, and how many of them there may be at once."""
+
+    idle_ms: float = Field(
+        1000, gt=0, description="A sequence without a request for this long is ended, and what it kept is dropped."
+    )
+    max: int = Field(1024, ge=1, description="Most sequences at the same time; more wait until one ends.")
+    max_backlog: int = Field(
+        128, ge=0, description="Most sequences that wait for another to end; the start of one more is refused with 503."
+    )
+    max_queue: int = Field(128, ge=1, description="Most requests of one sequence that wait; one more is refused with 503.")
 
 
 class FrontEndOptions(Options):
@@ -172,11 +196,17 @@ class Step(ABC, Generic[OptionsT]):
         base: folder that relative paths start from.
         gives_row_errors: False when the step never returns `RowErrors`.
         streams: True, from `prepare` on, when it gives any number of values: its operation streams.
+        in_sequences: True when the graph declares `sequences`; set before `prepare`.
+        keeps_state: True when the step keeps something in `context.sequences`; set by `prepare`.
+        unbatchable: why the step cannot be batched, where its tensors do not say so; set by `prepare`.
     """
 
     options_type: ClassVar[type[Options]]
     gives_row_errors: bool = True
     streams: bool = False
+    in_sequences: bool = False
+    keeps_state: bool = False
+    unbatchable: str | None = None
 
     def __init__(self, name: str, options: OptionsT, base: Path) -> None:
         self.name = name

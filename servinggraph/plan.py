@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from servinggraph.interfaces import BatchPolicy, Router, Step
+from servinggraph.interfaces import BatchPolicy, Router, SequencePolicy, Step
 from servinggraph.tensors import Signature, TensorSpec
 
 __all__ = ["INPUTS", "Plan", "PlanNode"]
@@ -69,6 +69,7 @@ class Plan:
         body: True when a request brings one free-form value instead of tensors.
         body_keys: what the first nodes look up by name in that value, which then has to be a
             mapping; None when they take it whole.
+        sequences: how requests form sequences, None where they do not.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Plan:
     source: str | None = None
     body: bool = False
     body_keys: Mapping[str, TensorSpec] | None = None
+    sequences: SequencePolicy | None = None
 
     @property
     def decoupled(self) -> bool:

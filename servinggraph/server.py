@@ -111,7 +111,9 @@ def _model_signature(spec: GraphSpec, source: Source) -> dict[str, Any]:
     from servinggraph.compiler.nodes import NodeCompiler
 
     problems: list[Problem] = []
-    node = NodeCompiler(source, {}, problems).node("model", spec.nodes["model"], ("nodes", "model"), (), None)
+    node = NodeCompiler(source, {}, problems, spec.sequences is not None).node(
+        "model", spec.nodes["model"], ("nodes", "model"), (), None
+    )
     if node is None:
         raise GraphInvalid(problems)
     return dict(node.signature.inputs or {})
@@ -188,6 +190,7 @@ class Server:
             self.front_ends[protocol] = front_end
         if not self.front_ends:
             raise CannotServe("every front end is off: there would be no way to reach a graph")
+        grace_s = options.grace_s
         with self._signals():
             try:
                 await self._load()
@@ -201,9 +204,15 @@ class Server:
                 await self._stop.wait()
                 logger.info("stopping: not ready any more, %d requests in flight", self.serving.admission.in_flight)
                 self.serving.catalog.draining = True
+                # Sequences under way may end, by requests that have yet to come; both share the grace time.
+                last = asyncio.get_running_loop().time() + options.shutdown_delay_s + options.grace_s
+                ended = asyncio.ensure_future(self.serving.catalog.end_sequences())
                 await asyncio.sleep(options.shutdown_delay_s)
+                await asyncio.wait([ended], timeout=options.grace_s)
+                ended.cancel()
+                grace_s = max(0.0, last - asyncio.get_running_loop().time())
             finally:
-                await asyncio.gather(*(front_end.stop(options.grace_s) for front_end in self.front_ends.values()))
+                await asyncio.gather(*(front_end.stop(grace_s) for front_end in self.front_ends.values()))
                 with contextlib.suppress(TimeoutError):
                     # A run on a device that never ends must not keep the process alive.
                     await asyncio.wait_for(self.serving.catalog.stop(), options.grace_s + 1)

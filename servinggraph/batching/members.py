@@ -8,6 +8,7 @@ from typing import Any
 
 from servinggraph.context import Context
 from servinggraph.errors import StepFailed
+from servinggraph.sequence import Turn
 from servinggraph.statistics import NodeStatistics
 from servinggraph.tensors import Array
 from servinggraph.tracing import NODE_STAMPS, Trace
@@ -141,6 +142,16 @@ class SharedContext(Context):
         # What runs inside is traced for the first member that is.
         self.trace = next((waiter.context.trace for waiter in batch if waiter.context.trace is not None), None)
         self._batch = batch
+
+    @property
+    def sequence(self) -> Turn | None:
+        if turns := self.sequences:
+            raise StepFailed(f"a batch has no sequence of its own: `context.sequences` has those of its {len(turns)} requests")
+        return None
+
+    @property
+    def sequences(self) -> tuple[Turn, ...]:
+        return tuple(turn for waiter in self._batch for turn in waiter.context.sequences)
 
     @property
     def cancelled(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from servinggraph.compiler.bodies import body_keys
 from servinggraph.compiler.nodes import NodeCompiler, Tensors
 from servinggraph.compiler.options import validated
+from servinggraph.compiler.sequences import sequence_problems
 from servinggraph.compiler.topology import ordered, sources_of, stream_problems
 from servinggraph.errors import GraphInvalid, Problem, nearest
 from servinggraph.plan import INPUTS, Plan, PlanNode
@@ -63,7 +64,7 @@ def compile_graph(
     sources = sources_of(spec, source, problems)
     order = ordered(sources, spec, source, problems)
     inputs = {name: model.spec() for name, model in spec.tensors.items()}
-    compiler = NodeCompiler(source, replace, problems)
+    compiler = NodeCompiler(source, replace, problems, sequences=spec.sequences is not None)
     takes_body = spec.inputs == "body"
     # Inputs that are themselves at fault are taken for unknown, so that nothing follows from them.
     behind: dict[str, Tensors] = {INPUTS: inputs if inputs_known and not takes_body else None}
@@ -76,6 +77,7 @@ def compile_graph(
             nodes[name] = node
     problems.extend(stream_problems(order, sources, {name for name, node in nodes.items() if node.streams}, spec, source))
     _check_replacements(replace, nodes, spec, problems)
+    problems.extend(sequence_problems(spec, order, sources, nodes, source))
     outputs = _answer(spec, behind.get(spec.answer or ""), source, problems)
     if problems:
         raise GraphInvalid(_in_file_order(problems))
@@ -91,6 +93,7 @@ def compile_graph(
         source=source.file,
         body=takes_body,
         body_keys=body_keys(nodes.values()) if takes_body else None,
+        sequences=spec.sequences,
     )
 
 

@@ -35,11 +35,13 @@ class NodeCompiler:
         source: the definition, for lines and relative paths.
         replace: node or branch name to a callable that stands in for it.
         problems: everything found so far.
+        sequences: True when the graph declares `sequences`.
     """
 
     source: Source
     replace: Mapping[str, Callable[..., Any]]
     problems: list[Problem]
+    sequences: bool = False
 
     def node(self, name: str, spec: NodeSpec, path: KeyPath, sources: tuple[str, ...], given: Tensors) -> PlanNode | None:
         """Compile a node.
@@ -73,6 +75,8 @@ class NodeCompiler:
             return None
         self._check_inputs(signature, inside, path, name)
         self._check_batch(work, spec, signature, path, name)
+        if isinstance(work, Step) and work.unbatchable is not None and spec.batch not in (None, False):
+            self._report(f"cannot batch: {work.unbatchable}", (*path, "batch"), name)
         declared = {tensor: model.spec() for tensor, model in spec.outputs.items()} if spec.outputs else None
         outputs = self._outputs(signature.outputs, declared, spec, given, path, name)
         kind = spec.step or spec.router or ""
@@ -118,6 +122,7 @@ class NodeCompiler:
         if options is None:
             return None, None
         step: Step[Any] = kind(name, options, self.source.base)
+        step.in_sequences = self.sequences
         try:
             return step, step.prepare()
         except GraphInvalid as error:
@@ -189,6 +194,8 @@ class NodeCompiler:
                 if not expected.optional:
                     spare = [other for other in inside if other not in signature.inputs]
                     hint = f"; 'rename: {{inputs: {{{spare[0]}: {tensor}}}}}' would pass '{spare[0]}'" if spare else ""
+                    if tensor == "state" and not self.sequences:
+                        hint = "; a parameter 'state' is what is kept for a sequence only where the graph has 'sequences: {}'"
                     has = ", ".join(sorted(inside)) or "nothing"
                     self._report(f"input '{tensor}' is provided by nobody: what reaches the node is {has}{hint}", path, name)
                 continue

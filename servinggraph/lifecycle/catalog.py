@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from servinggraph.context import Context
 from servinggraph.errors import GraphNotFound, Unavailable
 from servinggraph.executor import Executor
+from servinggraph.interfaces import Handler
 from servinggraph.lifecycle.answers import answer_body, answer_tensors
+from servinggraph.lifecycle.sequencer import Sequencer
 from servinggraph.plan import Plan
 from servinggraph.tensors import TensorSpec
 
@@ -30,6 +33,9 @@ class ServedGraph:
         requests: requests that it answers now.
         finish: makes the answer of what the last node gave: tensors, or a `Body` where the graph
             takes one.
+        sequences: keeps the order of its sequences; None where it declares none.
+        run: runs one request: the executor's own, or that in its sequence's turn.
+        stream: the same for any number of answers.
     """
 
     plan: Plan
@@ -37,10 +43,17 @@ class ServedGraph:
     ready: bool = False
     requests: int = 0
     finish: Callable[[Any, Mapping[str, TensorSpec] | None, str], Any] = field(init=False, repr=False)
+    sequences: Sequencer | None = field(init=False, default=None, repr=False)
+    run: Handler = field(init=False, repr=False)
+    stream: Callable[[Any, Context], AsyncGenerator[Any, None]] = field(init=False, repr=False)
     _idle: asyncio.Event | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.finish = answer_body if self.plan.body else answer_tensors
+        self.run, self.stream = self.executor.run, self.executor.stream
+        if self.plan.sequences is not None:
+            self.sequences = Sequencer(self.plan, self.plan.sequences, self.executor.run, self.executor.stream)
+            self.run, self.stream = self.sequences.run, self.sequences.stream
 
     def leave(self) -> None:
         """Note that a request has its answer."""
@@ -94,6 +107,11 @@ class Catalog:
             raise failures[0]
         self._changed()
 
+    async def end_sequences(self) -> None:
+        """Let no sequence start any more, and return once none is under way."""
+        sequencers = [graph.sequences for graph in self.graphs() if graph.sequences is not None]
+        await asyncio.gather(*(sequencer.end() for sequencer in sequencers))
+
     async def stop(self) -> None:
         """Stop all graphs: running batches end, what waits is refused, steps are unloaded."""
         await self._stop([graph for graph in self.graphs() if graph.ready])
@@ -102,6 +120,9 @@ class Catalog:
         for graph in started:
             graph.ready = False
         self._changed()
+        for graph in started:
+            if graph.sequences is not None:
+                graph.sequences.close()
         results = await asyncio.gather(*(graph.executor.stop() for graph in started), return_exceptions=True)
         for graph, result in zip(started, results, strict=True):
             if isinstance(result, BaseException):

@@ -39,7 +39,7 @@ async def infer(graph: ServedGraph, request: InferenceRequest, context: Context)
     if context.trace is not None:
         context.trace.begin(request.inputs)
     try:
-        value = await graph.executor.run(request.inputs, context)
+        value = await graph.run(request.inputs, context)
         outputs = graph.finish(value, plan.outputs, plan.answer)
     except ServingGraphError as error:
         if error.__class__ is StepFailed:
@@ -75,7 +75,7 @@ async def stream(graph: ServedGraph, request: InferenceRequest, context: Context
     if context.trace is not None:
         context.trace.begin(request.inputs)
     try:
-        async with aclosing(graph.executor.stream(request.inputs, context)) as values:
+        async with aclosing(graph.stream(request.inputs, context)) as values:
             async for value in values:
                 outputs = graph.finish(value, plan.outputs, plan.answer)
                 progress.answered()

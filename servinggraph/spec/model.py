@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from servinggraph.interfaces import BatchPolicy, Options
+from servinggraph.interfaces import BatchPolicy, Options, SequencePolicy
 from servinggraph.tensors import DATATYPES, TensorSpec
 
 __all__ = ["COMMON_KEYS", "GraphSpec", "NodeSpec", "Rename", "TensorModel", "name_problem"]
@@ -109,6 +109,9 @@ class GraphSpec(Options):
     timeout_ms: float | None = Field(None, gt=0, description="Longest time for a request; a caller may ask for less.")
     batch: BatchPolicy | None = Field(
         None, description="Batch whole requests: the graph then runs once for a batch of rows, contexts apart."
+    )
+    sequences: SequencePolicy | None = Field(
+        None, description="Requests belong to sequences, for which steps keep state; `{}` for the defaults."
     )
 
     @property

@@ -14,6 +14,7 @@ from servinggraph.context import Context
 from servinggraph.errors import GraphInvalid, InvalidRequest, Problem, StepFailed
 from servinggraph.importing import ImportProblem, load_object
 from servinggraph.interfaces import BatchPolicy, Operation, Options, Step
+from servinggraph.steps.state import check_one_row, with_state
 from servinggraph.tensors import Signature, TensorSpec
 
 __all__ = ["Python", "PythonOptions"]
@@ -34,8 +35,11 @@ class Python(Step[PythonOptions]):
     """Calls a function, sync or async.
 
     One parameter gets the whole value, several get tensors by name, one called `context` gets
-    the context. A class is constructed with `init`, its `load` is called before the first
-    request and its `unload` after the last; requests go to `__call__`, or else to `infer`.
+    the context. In a graph with `sequences` one called `state` gets a dict that is kept for the
+    sequence, in a batched node a list with one for each row.
+
+    A class is constructed with `init`, its `load` is called before the first request and its
+    `unload` after the last; requests go to `__call__`, or else to `infer`.
     A generator, sync or async, gives any number of values, one after the other: it streams.
     """
 
@@ -65,6 +69,7 @@ class Python(Step[PythonOptions]):
 
     def load(self, batch: BatchPolicy | bool | None) -> BatchPolicy | None:
         policy = super().load(batch)
+        self._batched = policy is not None
         self._instance: Any = None
         self._threads: WorkerThreads | None = None
         if self._is_class:
@@ -92,12 +97,14 @@ class Python(Step[PythonOptions]):
         for name, array in value.items():
             if not isinstance(array, np.ndarray):
                 raise InvalidRequest(f"is batched, so tensor '{name}' must be a numpy array, got {type(array).__name__}")
+        if self.keeps_state:
+            check_one_row(value, self.name)
         return value
 
     def operation(self) -> Operation:
         function = self._function_of(self._target) if self._instance is None else self._bound(self._instance)
         assert function is not None  # prepare has seen to it
-        call = self._adapted(function)
+        call = self._adapted(function) if not self.keeps_state else self._stateful(function)
         if self._threads is not None:
             threads = self._threads
 
@@ -152,7 +159,9 @@ class Python(Step[PythonOptions]):
         kinds = inspect.Parameter
         named = [p for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)]
         self._context_at = next((i for i, p in enumerate(named) if p.name == "context"), None)
-        tensors = [p for p in named if p.name != "context"]
+        self.keeps_state = self.in_sequences and any(p.name == "state" for p in named)
+        others = {"context", "state"} if self.keeps_state else {"context"}
+        tensors = [p for p in named if p.name not in others]
         self._takes_all = any(p.kind is kinds.VAR_KEYWORD for p in parameters)
         self._inputs: dict[str, TensorSpec] | None = None
         self._takes_nothing = (
@@ -168,6 +177,10 @@ class Python(Step[PythonOptions]):
                 raise GraphInvalid([Problem(f"'{label}' has positional-only parameters: tensors go in by name", node="call")])
         else:
             self._inputs = _declared(self._target, "inputs")
+        if self.keeps_state and any(p.kind in (kinds.POSITIONAL_ONLY, kinds.VAR_POSITIONAL) for p in parameters):
+            text = f"'{label}' takes 'state', so all its parameters must have names: it has '*' or positional-only ones"
+            raise GraphInvalid([Problem(text, node="call")])
+        self._value_name = tensors[0].name if tensors else ""
         self._context_by_name = any(p.name == "context" for p in named)
 
     def _required(self, value: Mapping[str, Any]) -> dict[str, TensorSpec]:
@@ -209,6 +222,17 @@ class Python(Step[PythonOptions]):
             return function(**arguments)
 
         return call
+
+    def _stateful(self, function: Callable[..., Any]) -> Callable[[Any, Context], Any]:
+        """Return the same for a function with a parameter `state`; all others go in by name, too."""
+        name = self._value_name
+        if self._by_name or self._takes_all or self._takes_nothing:
+            arguments = self._adapted(dict)
+        elif self._context_by_name:
+            arguments = lambda value, context: {name: value, "context": context}  # noqa: E731
+        else:
+            arguments = lambda value, context: {name: value}  # noqa: E731
+        return with_state(function, arguments, self.name, batched=self._batched, is_async=self._is_async, streams=self.streams)
 
 
 def _missing(required: tuple[str, ...], value: Any) -> str:

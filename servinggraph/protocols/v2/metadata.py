@@ -10,7 +10,7 @@ from servinggraph.tensors import TensorSpec
 
 __all__ = ["EXTENSIONS", "PLATFORM", "model_metadata", "server_metadata"]
 
-EXTENSIONS: Final = ("binary_tensor_data", "parameters", "schedule_policy")
+EXTENSIONS: Final = ("sequence", "sequence(string_id)", "binary_tensor_data", "parameters", "schedule_policy")
 """Protocol extensions that always work here; names as Triton's."""
 
 PLATFORM: Final = "servinggraph_graph"

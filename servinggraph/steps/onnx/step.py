@@ -20,7 +20,9 @@ from servinggraph.interfaces import BatchPolicy, Operation, Options, Step
 from servinggraph.steps.onnx.binding import BoundSession
 from servinggraph.steps.onnx.probe import rows_are_independent, run_seconds, sample, thread_hop_seconds
 from servinggraph.steps.onnx.session import DeviceMissing, open_session, placed
+from servinggraph.steps.onnx.state import ModelState, StateOptions, read_state
 from servinggraph.steps.onnx.tensors import decode_text, output_converter, tensor_spec
+from servinggraph.steps.state import check_one_row
 from servinggraph.tensors import DATATYPES, Array, Signature, TensorSpec, datatype_of, fits_shape
 
 __all__ = ["Onnx", "OnnxOptions", "TensorRtOptions"]
@@ -64,6 +66,10 @@ class OnnxOptions(Options):
         default_factory=dict,
         description="Input name to a whole shape to warm up with, where axes other than the first are free.",
     )
+    state: list[StateOptions] = Field(
+        default_factory=list,
+        description="Tensors that the model gets back with the next request of a sequence; for graphs with `sequences`.",
+    )
 
 
 class Onnx(Step[OnnxOptions]):
@@ -100,7 +106,10 @@ class Onnx(Step[OnnxOptions]):
     def load(self, batch: BatchPolicy | bool | None) -> BatchPolicy | None:
         self._threads: WorkerThreads | None = None
         self._execute = self._runner()
+        if self._state is not None:
+            self._execute = self._state.batch_first(self._execute)
         policy = self._auto_policy() if batch is None else super().load(batch)
+        self._batched = policy is not None
         self._takes_empty = self._try_empty()
         # One at a time: graphs and nodes load side by side, and would disturb each other's figures.
         with _measuring:
@@ -139,6 +148,12 @@ class Onnx(Step[OnnxOptions]):
 
     def admit(self, value: Any) -> dict[str, Array]:
         """Pick the model's tensors and check them."""
+        admitted = self._admitted(value)
+        if self._state is not None and self._state.joins:
+            check_one_row(admitted, self.name)
+        return admitted
+
+    def _admitted(self, value: Any) -> dict[str, Array]:
         if type(value) is not dict and not isinstance(value, Mapping):
             value = self._as_only_input(value)
         admitted = {}
@@ -160,17 +175,20 @@ class Onnx(Step[OnnxOptions]):
         return admitted
 
     def operation(self) -> Operation:
-        execute, admit = self._execute, self.admit
+        execute = self._execute
+        # Of a batch it is the members that have one row each.
+        admit = self._admitted if self._batched else self.admit
+        stateful = None if self._state is None else self._state.run(execute)
+        run = stateful or (lambda value, context: execute(value))
         if self._threads is not None:
             threads = self._threads
 
             def in_thread(value: Any, context: Context) -> Any:
                 return threads.call(run, admit(value), context)
 
-            def run(value: Any, context: Context) -> Any:
-                return execute(value)
-
             return Operation(in_thread, suspends=True)
+        if stateful is not None:
+            return Operation(lambda value, context: stateful(admit(value), context), suspends=False)
         return Operation(lambda value, context: execute(admit(value)), suspends=False)
 
     def describe(self) -> str:
@@ -196,11 +214,20 @@ class Onnx(Step[OnnxOptions]):
                     specs[meta.name] = spec
         if problems:
             raise GraphInvalid(problems)
-        self._signature = Signature(inputs, outputs)
+        own = self._signature = Signature(inputs, outputs)
+        self._state: ModelState | None = None
+        if self.options.state:
+            if not self.in_sequences:
+                raise GraphInvalid([Problem("'state' is kept for sequences: the graph needs 'sequences: {}'", node="state")])
+            self.keeps_state = True
+            self._state = read_state(self.name, self.options.state, own, self.base)
+            own, self._signature = self._state.own, self._state.whole
+            self.unbatchable = self._state.why_alone
         self._expected = [
-            (name, spec.datatype or "", spec.shape or (), DATATYPES[spec.datatype or "FP32"]) for name, spec in inputs.items()
+            (name, spec.datatype or "", spec.shape or (), DATATYPES[spec.datatype or "FP32"])
+            for name, spec in (own.inputs or {}).items()
         ]
-        return self._signature
+        return own
 
     def _as_only_input(self, value: Any) -> dict[str, Any]:
         """A bare array goes to the only input; anything else has no name to find it by."""
@@ -243,6 +270,8 @@ class Onnx(Step[OnnxOptions]):
 
     def _try_empty(self) -> bool:
         """Tell whether the model takes inputs without rows; many exports do not."""
+        if self.keeps_state:
+            return True  # not asked: a request for a sequence is one row
         if not self._first_axis_is_free() or (values := self._sample(1)) is None:
             return True
         try:
@@ -253,7 +282,7 @@ class Onnx(Step[OnnxOptions]):
 
     def _auto_policy(self) -> BatchPolicy | None:
         """Return the default policy if the model may be batched, as its axes say and a trial shows."""
-        if not self._first_axis_is_free():
+        if not self._first_axis_is_free() or self.unbatchable is not None:
             return None
         rows = 3
         values = self._sample(rows)

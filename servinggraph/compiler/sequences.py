@@ -1,0 +1,70 @@
+"""Checks that a node that keeps state for sequences is run once for each request, and knows for which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from servinggraph.errors import Problem
+from servinggraph.interfaces import Step
+from servinggraph.plan import PlanNode
+from servinggraph.spec import GraphSpec, Source
+from servinggraph.spec.source import KeyPath
+
+__all__ = ["sequence_problems"]
+
+
+def sequence_problems(
+    spec: GraphSpec,
+    order: Sequence[str],
+    sources: Mapping[str, tuple[str, ...]],
+    nodes: Mapping[str, PlanNode],
+    source: Source,
+) -> list[Problem]:
+    """Return what is wrong with where nodes that keep state stand.
+
+    Such a node takes the state of one request, or, batched itself, of one row each; in a batch
+    that somebody else made it could not tell which. Behind a generator it would run for each
+    item, and each time from where the request began.
+
+    Args:
+        spec: the graph.
+        order: all nodes, each after its sources.
+        sources: each node's predecessors.
+        nodes: the nodes that are right so far.
+        source: the definition, for lines.
+    """
+    if spec.sequences is None:
+        return []
+    problems: list[Problem] = []
+    if spec.inputs == "body":
+        text = "'sequences' are named by a request's parameters, which one with a free-form body has not: declare tensors"
+        problems.append(source.problem(text, ("sequences",)))
+    for name, node in nodes.items():
+        if spec.batch is not None and (keeper := _keeper(node)):
+            text = f"'batch' for whole requests cannot go around node '{keeper}', which keeps state: batch that node itself"
+            problems.append(source.problem(text, ("batch",)))
+        waiting: list[tuple[KeyPath, PlanNode]] = [(("nodes", name), node)]
+        while waiting:
+            place, outer = waiting.pop()
+            inside = [(keeper, short) for short, branch in outer.branches.items() if (keeper := _keeper(branch))]
+            if inside and outer.batch not in (None, False):
+                text = f"'batch' of a router cannot go around '{inside[0][0]}', which keeps state: batch that branch itself"
+                problems.append(source.problem(text, (*place, "batch"), outer.name))
+            waiting.extend(((*place, "branches", short), branch) for short, branch in outer.branches.items())
+    generator: dict[str, str] = {}
+    for name in order:
+        before = next((generator[giver] for giver in sources[name] if giver in generator), None)
+        node = nodes.get(name)
+        if before is not None and node is not None and (keeper := _keeper(node)):
+            text = f"'{keeper}' keeps state and comes after '{before}', a generator: keep the state in front of it, or in it"
+            problems.append(source.problem(text, ("nodes", name), name))
+        if before is not None or (node is not None and node.streams):
+            generator[name] = before or name
+    return problems
+
+
+def _keeper(node: PlanNode) -> str | None:
+    """Return the name of a node, of this one and its branches, that keeps state."""
+    if isinstance(node.work, Step):
+        return node.name if node.work.keeps_state else None
+    return next((keeper for branch in node.branches.values() if (keeper := _keeper(branch))), None)
