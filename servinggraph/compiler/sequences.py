@@ -54,11 +54,11 @@ def sequence_problems(
     generator: dict[str, str] = {}
     for name in order:
         before = next((generator[giver] for giver in sources[name] if giver in generator), None)
-        node = nodes.get(name)
-        if before is not None and node is not None and (keeper := _keeper(node)):
+        step = nodes.get(name)
+        if before is not None and step is not None and (keeper := _keeper(step)):
             text = f"'{keeper}' keeps state and comes after '{before}', a generator: keep the state in front of it, or in it"
             problems.append(source.problem(text, ("nodes", name), name))
-        if before is not None or (node is not None and node.streams):
+        if before is not None or (step is not None and step.streams):
             generator[name] = before or name
     return problems
 

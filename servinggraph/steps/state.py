@@ -33,65 +33,60 @@ def with_state(
         is_async: True when what the function returns has to be awaited.
         streams: True for a generator function, whose state is kept when it has come to its end.
     """
-
-    def begin(value: Any, context: Context) -> tuple[tuple[Turn, ...], Any]:
-        turns = context.sequences
-        if not batched:
-            (turn,) = turns
-            return turns, turn.state(node)
-        states = [turn.state(node) for turn in turns]
-        rows = len(next(iter(value.values())))
-        states.extend(turns[-1].state(node) for _ in range(rows - len(turns)))
-        return turns, states
-
-    def keep(turns: tuple[Turn, ...], states: Any) -> None:
-        if not batched:
-            turns[0].keep(node, states)
-            return
-        if len(states) < len(turns) or not all(isinstance(state, dict) for state in states):
-            raise StepFailed(
-                f"left a list of {len(states)} states that are not {len(turns)} dicts: change each where it stands"
-            )
-        for turn, state in zip(turns, states, strict=False):  # what is left over belongs to padding
-            turn.keep(node, state)
-
-    if streams and is_async:
-
-        async def each_later(value: Any, context: Context) -> AsyncGenerator[Any, None]:
-            turns, state = begin(value, context)
-            async with aclosing(function(**arguments(value, context), state=state)) as items:
-                async for item in items:
-                    yield item
-            keep(turns, state)
-
-        return each_later
-
-    if streams:
-
-        def each(value: Any, context: Context) -> Generator[Any, None, None]:
-            turns, state = begin(value, context)
-            yield from function(**arguments(value, context), state=state)
-            keep(turns, state)
-
-        return each
-
-    if is_async:
-
-        async def wait(value: Any, context: Context) -> Any:
-            turns, state = begin(value, context)
-            result = await function(**arguments(value, context), state=state)
-            keep(turns, state)
-            return result
-
-        return wait
+    begin: Callable[[str, Any, Context], tuple[tuple[Turn, ...], Any]] = _rows_begin if batched else _begin
+    keep: Callable[[str, tuple[Turn, ...], Any], None] = _rows_keep if batched else _keep
 
     def call(value: Any, context: Context) -> Any:
-        turns, state = begin(value, context)
+        turns, state = begin(node, value, context)
         result = function(**arguments(value, context), state=state)
-        keep(turns, state)
+        keep(node, turns, state)
         return result
 
-    return call
+    async def wait(value: Any, context: Context) -> Any:
+        turns, state = begin(node, value, context)
+        result = await function(**arguments(value, context), state=state)
+        keep(node, turns, state)
+        return result
+
+    def each(value: Any, context: Context) -> Generator[Any, None, None]:
+        turns, state = begin(node, value, context)
+        yield from function(**arguments(value, context), state=state)
+        keep(node, turns, state)
+
+    async def each_later(value: Any, context: Context) -> AsyncGenerator[Any, None]:
+        turns, state = begin(node, value, context)
+        async with aclosing(function(**arguments(value, context), state=state)) as items:
+            async for item in items:
+                yield item
+        keep(node, turns, state)
+
+    if streams:
+        return each_later if is_async else each
+    return wait if is_async else call
+
+
+def _begin(node: str, value: Any, context: Context) -> tuple[tuple[Turn, ...], dict[str, Any]]:
+    (turn,) = context.sequences
+    return (turn,), turn.state(node)
+
+
+def _keep(node: str, turns: tuple[Turn, ...], state: dict[str, Any]) -> None:
+    turns[0].keep(node, state)
+
+
+def _rows_begin(node: str, value: Any, context: Context) -> tuple[tuple[Turn, ...], list[dict[str, Any]]]:
+    turns = context.sequences
+    states = [turn.state(node) for turn in turns]
+    rows = len(next(iter(value.values())))
+    states.extend(turns[-1].state(node) for _ in range(rows - len(turns)))
+    return turns, states
+
+
+def _rows_keep(node: str, turns: tuple[Turn, ...], states: list[dict[str, Any]]) -> None:
+    if len(states) < len(turns) or not all(isinstance(state, dict) for state in states):
+        raise StepFailed(f"left a list of {len(states)} states that are not {len(turns)} dicts: change each where it stands")
+    for turn, state in zip(turns, states, strict=False):  # what is left over belongs to padding
+        turn.keep(node, state)
 
 
 def check_one_row(tensors: Mapping[str, Array], node: str) -> None:

@@ -1,14 +1,15 @@
 """Sequences through the mock server, on the manual clock."""
 
 import asyncio
+import contextlib
 import random
 
 import numpy as np
 import pytest
 
 from servinggraph import Context, Graph, InvalidRequest
-from servinggraph.errors import Cancelled, DeadlineExceeded, StepFailed, Unavailable
-from servinggraph.lifecycle import Catalog, infer
+from servinggraph.errors import Cancelled, DeadlineExceeded, GraphInvalid, StepFailed, Unavailable
+from servinggraph.lifecycle import Catalog, infer, stream
 from servinggraph.messages import InferenceRequest
 
 X = {"x": ("FP32", [-1])}
@@ -451,3 +452,80 @@ def test_stopping_refuses_what_waits(run, manual_clock):
         assert 1 == await running
 
     run(check())
+
+
+def plain_steps(value, state):
+    for _ in range(2):
+        state["n"] = state.get("n", 0) + 1
+        yield {"y": np.array([state["n"]])}
+
+
+async def async_steps(value, state):
+    for _ in range(2):
+        state["n"] = state.get("n", 0) + 1
+        await asyncio.sleep(0)
+        yield {"y": np.array([state["n"]])}
+
+
+async def answers_of(catalog, key, count=None, **flags):
+    parameters = {"sequence_id": key, **{f"sequence_{name}": flag for name, flag in flags.items()}}
+    request, context = InferenceRequest({"x": np.ones(1, "f4")}), Context(parameters=parameters)
+    answers = []
+    async with contextlib.aclosing(stream(catalog.get("g"), request, context)) as replies:
+        async for reply in replies:
+            answers.append(reply.outputs["y"].tolist()[0])
+            assert key == reply.parameters["sequence_id"]
+            if len(answers) == count:
+                break
+    return answers
+
+
+@pytest.mark.parametrize("step, place", [(plain_steps, "inline"), (plain_steps, "thread"), (async_steps, "inline")])
+def test_a_generator_keeps_state_once_it_has_come_to_its_end(run, step, place):
+    async def check():
+        catalog = Catalog()
+        await catalog.load([graph_of(step, run=place).compile()])
+        assert [1, 2] == await answers_of(catalog, 7, start=True)
+        assert [3, 4] == await answers_of(catalog, 7)
+        await catalog.stop()
+
+    run(check())
+
+
+@pytest.mark.parametrize("step, place", [(plain_steps, "inline"), (plain_steps, "thread"), (async_steps, "inline")])
+def test_a_reader_that_leaves_a_stream_ends_the_sequence(run, manual_clock, step, place):
+    async def check():
+        catalog = Catalog()
+        await catalog.load([graph_of(step, run=place).compile()])
+        assert [1] == await answers_of(catalog, 7, count=1, start=True)
+        await manual_clock.settle()
+        with pytest.raises(InvalidRequest, match="START"):
+            await answers_of(catalog, 7)
+        assert 0 == len(catalog.get("g").sequences)
+        await catalog.stop()
+
+    run(check())
+
+
+def test_the_next_request_waits_for_the_end_of_a_stream(run, manual_clock):
+    async def check():
+        catalog = Catalog()
+        await catalog.load([graph_of(async_steps).compile()])
+        parameters = {"sequence_id": 7, "sequence_start": True}
+        first = stream(catalog.get("g"), InferenceRequest({"x": np.ones(1, "f4")}), Context(parameters=parameters))
+        await anext(first)
+        second = soon(answers_of(catalog, 7))
+        await manual_clock.settle()
+        assert not second.done()
+        assert [2] == [reply.outputs["y"].tolist()[0] async for reply in first]
+        assert [3, 4] == await second
+        await catalog.stop()
+
+    run(check())
+
+
+def test_state_behind_a_generator_is_refused():
+    graph = Graph("g", X, sequences={})
+    graph.to(plain_steps, "items").to(lambda value: value, "between").to(total, "sum").respond()
+    with pytest.raises(GraphInvalid, match="node 'sum': 'sum' keeps state and comes after 'items', a generator"):
+        graph.compile()
