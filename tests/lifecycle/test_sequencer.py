@@ -529,3 +529,10 @@ def test_state_behind_a_generator_is_refused():
     graph.to(plain_steps, "items").to(lambda value: value, "between").to(total, "sum").respond()
     with pytest.raises(GraphInvalid, match="node 'sum': 'sum' keeps state and comes after 'items', a generator"):
         graph.compile()
+
+
+def test_free_form_requests_cannot_name_a_sequence():
+    graph = Graph("g", "body", sequences={})
+    graph.to(lambda value: value, "step").respond()
+    with pytest.raises(GraphInvalid, match="'sequences' are named by a request's parameters, which one with a free-form body"):
+        graph.compile()
