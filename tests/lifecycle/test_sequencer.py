@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -310,13 +311,12 @@ def test_the_graphs_own_time_limit_holds_for_the_wait_as_well(run, manual_clock)
 
 
 def test_a_late_thread_keeps_the_turn_until_it_has_ended(run, manual_clock):
-    import threading
-
-    go, order = threading.Event(), []
+    begun, go, order = threading.Event(), threading.Event(), []
 
     def step(value, state):
         x = float(value["x"][0])
         if x == 2:
+            begun.set()
             go.wait(10)
         order.append(x)
         return total(value, state)
@@ -325,6 +325,8 @@ def test_a_late_thread_keeps_the_turn_until_it_has_ended(run, manual_clock):
         async with graph_of(step, run="thread").mock() as server:
             assert 1 == await send(server, 7, 1, start=True)
             late = soon(send(server, 7, 2, timeout_s=0.1))
+            await manual_clock.settle()
+            await asyncio.to_thread(begun.wait, 10)
             await manual_clock.advance(0.2)
             assert isinstance(late.exception(), DeadlineExceeded)
             after = soon(send(server, 7, 3))
