@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from servinggraph import Graph, InvalidRequest, routers
-from servinggraph.errors import GraphInvalid, LimitExceeded, StepFailed
+from servinggraph.errors import DeadlineExceeded, GraphInvalid, LimitExceeded, NotAcceptable, StepFailed
 from servinggraph.testing import FakeModel
 
 X = np.ones((2, 1), np.float32)
@@ -199,3 +199,50 @@ def test_a_graph_that_does_not_load_fails_the_test_and_leaves_nothing_running():
     with pytest.raises(StepFailed, match="node 'model': failed to load: OSError: no such model"), a_graph(Broken).mock():
         pass
     assert not [thread for thread in threading.enumerate() if "portal" in thread.name.lower()]
+
+
+def test_a_body_of_any_kind_is_sent_as_what_it_is():
+    graph = (
+        Graph("g", "body").to(lambda value, context: [type(value).__name__, context.headers["content-type"]], "look").respond()
+    )
+    with graph.mock() as server:
+        assert ["dict", "application/json"] == server.invoke({"a": 1})
+        assert ["list", "application/msgpack"] == server.invoke([X])
+        assert ["str", "text/plain; charset=utf-8"] == server.invoke("é")
+        assert ["bytes", "application/octet-stream"] == server.invoke(b"a")
+        assert ["str", "application/json"] == server.invoke("é", "application/json")
+        assert ["bytes", "image/png"] == server.invoke(b"a", content_type="image/png")
+        assert ["dict", "application/x-msgpack"] == server.invoke({"a": 1}, "application/x-msgpack")
+
+
+def test_an_answer_comes_back_as_what_it_is():
+    graph = Graph("g", "body").to(lambda value: value, "echo").respond()
+    with graph.mock() as server:
+        assert "é" == server.invoke("é")
+        assert X.tolist() == server.invoke({"x": X})["x"]
+        assert X.dtype == server.invoke({"x": X}, accept="application/msgpack")["x"].dtype
+        with pytest.raises(NotAcceptable, match="image/png"):
+            server.invoke({"a": 1}, accept="image/png")
+        assert 0 == server.in_flight
+
+
+def test_a_free_form_request_has_a_deadline_and_a_cause():
+    async def check():
+        async def forever(value):
+            await asyncio.Event().wait()
+
+        async with Graph("g", "body").to(forever, "model").respond().mock() as server:
+            with pytest.raises(DeadlineExceeded):
+                await server.invoke("a", timeout_s=0.01)
+            assert 0 == server.in_flight
+
+    asyncio.run(check())
+    with Graph("g", "body").to(lambda value: 1 / 0, "model").respond().mock() as server:
+        with pytest.raises(StepFailed, match="node 'model': ZeroDivisionError") as caught:
+            server.invoke("a")
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_a_graph_with_tensors_takes_documents_as_well():
+    with a_graph().mock() as server:
+        assert {"y": [[2], [4]]} == server.invoke({"x": [[1], [2]]})

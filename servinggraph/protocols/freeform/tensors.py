@@ -16,7 +16,7 @@ from servinggraph.protocols.freeform.body import decode_body, decode_text, has_h
 from servinggraph.protocols.freeform.media import CSV, JSON, MSGPACK, Media, kind_of
 from servinggraph.protocols.freeform.table import Table, cells_of, decode_table
 from servinggraph.protocols.v2.checks import check_array, check_input, check_names
-from servinggraph.protocols.v2.json_data import MAX_NESTING, decode_data, shown
+from servinggraph.protocols.v2.json_data import decode_data, shown
 from servinggraph.tensors import Array, TensorSpec
 
 __all__ = ["decode_tensors"]
@@ -84,18 +84,16 @@ def _tensor(name: str, value: Any, spec: TensorSpec, model: str) -> Array:
         check_array(name, value, spec, model)
         return value
     datatype = spec.datatype or "FP64"
-    shape = _shape(name, value, spec)
+    shape = _shape(value, spec)
     check_input(name, datatype, shape, spec, model)
     return decode_data(name, datatype, shape, value if type(value) is list else [value])
 
 
-def _shape(name: str, value: Any, spec: TensorSpec) -> tuple[int, ...]:
+def _shape(value: Any, spec: TensorSpec) -> tuple[int, ...]:
     """Return the shape that nested lists have, read off their first elements; `decode_data` finds the ragged ones."""
     sizes: list[int] = []
     while type(value) is list:
         sizes.append(len(value))
-        if len(sizes) > MAX_NESTING:
-            raise InvalidRequest(f"input '{name}': JSON nesting depth exceeds maximum allowed limit ({MAX_NESTING})")
         if not value:
             # Nothing tells the sizes below an empty list but the declaration.
             rest = spec.shape[len(sizes) :] if spec.shape is not None else ()
