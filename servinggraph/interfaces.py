@@ -10,21 +10,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from servinggraph.context import Context
+from servinggraph.errors import InvalidRequest
 from servinggraph.tensors import Signature
 
 __all__ = [
     "BatchPolicy",
+    "Feedback",
     "FrontEndOptions",
     "Handler",
     "NodeSketch",
     "Operation",
     "Options",
     "Router",
+    "RouterHost",
     "RowErrors",
     "SequencePolicy",
     "Step",
@@ -253,19 +256,50 @@ class Step(ABC, Generic[OptionsT]):
         return type(self).__name__
 
 
+class RouterHost(Protocol):
+    """What a router has of the place it runs in."""
+
+    def now(self) -> float:
+        """Return the time of the event loop's clock, seconds; tests move it."""
+        ...
+
+    def changed(self, who: str, why: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+        """Note a change that the router made by itself: it is saved, and stands in the audit log."""
+        ...
+
+    def keep(self) -> None:
+        """Have what `remember` gives saved soon; for state that moves with every request."""
+        ...
+
+
 class Router(ABC, Generic[OptionsT]):
     """A kind of node that decides which branches run, and what becomes of their answers.
 
     Branches are Handlers: a step, another router, anything. `branches` in `signature` and
     `route` has the same names in the same order, so a lookup cannot fail.
+
+    Life: constructed and asked for its `signature` by the compiler, `start`ed on the event
+    loop after its branches are loaded, `stop`ped at the end.
+
+    Attributes:
+        options_type: pydantic model of the keys that this kind understands in YAML.
+        in_sequence: True when each branch gets what the branch before it gives.
+        name: the node's name.
+        options: the validated options.
+        base: folder that relative paths start from.
+        host: the place it runs in, from `start` on.
+        revision: counts the changes of its settings.
     """
 
     options_type: ClassVar[type[Options]]
+    in_sequence: ClassVar[bool] = False
 
     def __init__(self, name: str, options: OptionsT, base: Path) -> None:
         self.name = name
         self.options = options
         self.base = base
+        self.host: RouterHost | None = None
+        self.revision = 0
 
     @abstractmethod
     def signature(self, branches: Mapping[str, Signature]) -> Signature:
@@ -282,3 +316,61 @@ class Router(ABC, Generic[OptionsT]):
     def describe(self) -> str:
         """Say in a few words what this router does, for start-up and `check`."""
         return type(self).__name__
+
+    async def start(self, host: RouterHost) -> None:
+        """Begin: called on the event loop before the first request. What it begins, `stop` ends."""
+        self.host = host
+
+    async def stop(self) -> None:
+        """End what `start` began. Called once, also after a `start` that failed."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return what can be changed while it serves, as plain values: weights, a stage, who is champion."""
+        return {}
+
+    def adjust(self, changes: Mapping[str, Any]) -> None:
+        """Change settings, all or none, between two requests: no await, so no request sees half of it.
+
+        Raises:
+            InvalidRequest: an unknown setting, or a value that it cannot have.
+        """
+        raise InvalidRequest(f"router '{self.name}' has no settings that can be changed")
+
+    def report(self) -> dict[str, Any]:
+        """Return what it has seen, as plain values: decisions by branch, rewards, agreement."""
+        return {}
+
+    def remember(self) -> dict[str, Any]:
+        """Return what has to survive a restart, as plain values; `settings` unless there is more."""
+        return self.settings()
+
+    def recall(self, remembered: Mapping[str, Any]) -> None:
+        """Take up what `remember` gave before a restart.
+
+        Raises:
+            InvalidRequest: it does not fit the graph any more.
+        """
+        self.adjust(remembered)
+
+    def feedback(self, record: Feedback) -> bool:
+        """Take the outcome of an earlier request; return False when this router has no use for it."""
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """What became of an earlier answer.
+
+    Attributes:
+        id: id of the request; empty when only the variant is known.
+        variant: branch that answered; empty when only the id is known.
+        reward: how good the answer was; None where a truth is given instead.
+        truth: what the answer should have been, tensors or plain values; None where a reward is given.
+        metric: name of what is measured, where a graph has several.
+    """
+
+    id: str = ""
+    variant: str = ""
+    reward: float | None = None
+    truth: Any = None
+    metric: str = "reward"

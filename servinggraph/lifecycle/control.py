@@ -1,0 +1,211 @@
+"""Reads and changes routers while they serve: settings, state that survives a restart, the audit log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any, Final
+
+from servinggraph.errors import Conflict, GraphNotFound, InvalidRequest, StepFailed, nearest
+from servinggraph.interfaces import Feedback, Router
+from servinggraph.lifecycle.audit import AuditLog
+from servinggraph.plan import Plan
+from servinggraph.state import StateFailed, StateStore, open_store
+
+__all__ = ["Control", "RouterSeat"]
+
+logger = logging.getLogger("servinggraph.control")
+
+SAVE_EVERY_S: Final = 1.0
+"""State that moves with every request is saved at most this often, and at the end."""
+
+
+class RouterSeat:
+    """The place of one router: its clock, where its state is kept, and where its changes are noted.
+
+    Attributes:
+        router: the router.
+        place: graph, version and node.
+    """
+
+    def __init__(self, control: Control, place: tuple[str, str, str], router: Router[Any]) -> None:
+        self.router = router
+        self.place = place
+        self._control = control
+        self._loop = asyncio.get_running_loop()
+        self._store: StateStore | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._saving: asyncio.Task[None] | None = None
+
+    @property
+    def key(self) -> str:
+        """Name of its state: graph, version and node."""
+        return "/".join(self.place)
+
+    def now(self) -> float:
+        return self._loop.time()
+
+    def changed(self, who: str, why: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+        self.router.revision += 1
+        self._control.audit.record(self.place, who, why, before, after, self.router.revision)
+        self.keep(after_s=0)
+
+    def keep(self, after_s: float = SAVE_EVERY_S) -> None:
+        if self._store is None:
+            return
+        if self._timer is not None:
+            if after_s:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_later(after_s, self._save_soon)
+
+    async def start(self) -> None:
+        """Start the router, with what it is to remember.
+
+        Raises:
+            StepFailed: its state cannot be read or does not fit.
+        """
+        place = getattr(self.router.options, "state", None)
+        await self.router.start(self)
+        if place is None:
+            return
+        try:
+            store = open_store(place, self.router.base)
+            remembered = await self._control.remembered(self, store)
+            if remembered is not None:
+                self.router.recall(remembered)
+                self.router.revision = int(remembered.get("revision", self.router.revision))
+        except StateFailed as error:
+            raise StepFailed(str(error)).at(self.router.name) from error
+        except InvalidRequest as error:
+            text = f"its saved state does not fit the graph any more: {error.message}; remove it to begin anew"
+            raise StepFailed(text).at(self.router.name) from error
+        self._store = store
+
+    async def stop(self) -> None:
+        """Stop the router and save what it is to remember."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        try:
+            await self.router.stop()
+        finally:
+            if self._saving is not None:
+                await asyncio.wait({self._saving})
+            if self._store is not None and self._control.leave(self):
+                await self._save()
+
+    def document(self) -> dict[str, Any]:
+        """Return what is saved."""
+        return {**self.router.remember(), "revision": self.router.revision}
+
+    def _save_soon(self) -> None:
+        self._timer = None
+        if self._saving is not None and not self._saving.done():
+            self.keep()  # one at a time: the next one has it all
+            return
+        self._saving = self._loop.create_task(self._save())
+
+    async def _save(self) -> None:
+        assert self._store is not None
+        try:
+            await asyncio.to_thread(self._store.save, self.key, self.document())
+        except StateFailed as error:
+            logger.error("router '%s': %s", self.router.name, error)
+
+
+class Control:
+    """The routers of all graphs that this process serves.
+
+    Attributes:
+        audit: every change.
+    """
+
+    def __init__(self, audit: AuditLog | None = None) -> None:
+        self.audit = audit or AuditLog()
+        # Several seats have one key while a graph is reloaded: the last one is to be asked.
+        self._seats: dict[str, list[RouterSeat]] = {}
+
+    def seats_of(self, plan: Plan) -> list[RouterSeat]:
+        """Return a seat for each router of a plan, those inside others first; to be started by its executor."""
+        return [
+            RouterSeat(self, (plan.name, plan.version, node.name), node.work)
+            for node in reversed(plan.every_node())
+            if isinstance(node.work, Router)
+        ]
+
+    async def remembered(self, seat: RouterSeat, store: StateStore) -> dict[str, Any] | None:
+        """Return what a starting router takes up: of the one that it replaces, or what was saved."""
+        before = self._seats.setdefault(seat.key, [])
+        document = before[-1].document() if before else await asyncio.to_thread(store.load, seat.key)
+        before.append(seat)
+        return document
+
+    def leave(self, seat: RouterSeat) -> bool:
+        """Note that a router has stopped; return False when another has taken its place, and its state is that one's."""
+        seats = self._seats.get(seat.key, [])
+        was_last = bool(seats) and seats[-1] is seat
+        if seat in seats:
+            seats.remove(seat)
+        if not seats:
+            self._seats.pop(seat.key, None)
+        return was_last
+
+    @staticmethod
+    def change(
+        seat: RouterSeat, changes: Mapping[str, Any], who: str = "", why: str = "", revision: int | None = None
+    ) -> dict[str, Any]:
+        """Change settings of a router between two requests.
+
+        Args:
+            seat: the router's.
+            changes: settings by name, as `settings` gives them.
+            who: who asks, for the audit log.
+            why: the reason, for the audit log.
+            revision: the revision that the changes were made for; None for any.
+
+        Returns:
+            All its settings.
+
+        Raises:
+            InvalidRequest: a setting that there is not, or a value that it cannot have.
+            Conflict: somebody else has changed it meanwhile.
+        """
+        router = seat.router
+        if revision is not None and revision != router.revision:
+            raise Conflict(f"router '{router.name}' is at revision {router.revision}, not {revision}: read it again")
+        before = router.settings()
+        unknown = [name for name in changes if name not in before]
+        if unknown and before:
+            raise InvalidRequest(f"router '{router.name}' has no setting '{unknown[0]}'{nearest(unknown[0], list(before))}")
+        router.adjust(changes)
+        after = router.settings()
+        differing = [name for name in after if after[name] != before.get(name)]
+        if differing:
+            seat.changed(who or "unknown", why, {n: before.get(n) for n in differing}, {n: after[n] for n in differing})
+        return after
+
+
+def seat_of(seats: Mapping[str, RouterSeat], node: str, graph: str) -> RouterSeat:
+    """Return a router's seat by node name.
+
+    Raises:
+        GraphNotFound: no such node, or it is no router.
+    """
+    seat = seats.get(node)
+    if seat is None:
+        raise GraphNotFound(f"graph '{graph}' has no router '{node}'{nearest(node, list(seats))}")
+    return seat
+
+
+def give_feedback(seats: Mapping[str, RouterSeat], record: Feedback, graph: str) -> list[str]:
+    """Hand an outcome to every router of a graph; return the names of those that took it.
+
+    Raises:
+        InvalidRequest: no router of the graph takes feedback.
+    """
+    taken = [name for name, seat in seats.items() if seat.router.feedback(record)]
+    if not taken:
+        raise InvalidRequest(f"graph '{graph}' has no router that could use this feedback")
+    return taken
