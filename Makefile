@@ -36,7 +36,7 @@ proto: .venv/.dev                  ## messages of the gRPC front end from their 
 
 lock:                              ## resolve requirements/lock.txt anew
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml requirements/dev.in --extra grpc --extra onnx --extra plot --extra test \
+	$(BIN)/uv pip compile pyproject.toml requirements/dev.in --extra grpc --extra onnx --extra plot --extra redis --extra test \
 	  --no-header --no-emit-index-url --no-annotate --python-version 3.11 --upgrade -o requirements/lock.txt
 
 clean:

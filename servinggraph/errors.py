@@ -8,6 +8,7 @@
     │   └── NotAcceptable          the answer cannot be given in a type that the caller takes
     ├── GraphNotFound              no such graph, or no such version of it
     ├── RegionNotFound             no such shared memory region
+    ├── Conflict                   what is to be changed has changed meanwhile
     ├── LimitExceeded              something is full: in-flight requests, a batch queue
     ├── RequestTooLarge            the body, or what it unpacks to, is over its limit
     ├── DeadlineExceeded           the request's time was up
@@ -30,6 +31,7 @@ from typing import Any, Self
 
 __all__ = [
     "Cancelled",
+    "Conflict",
     "DatatypeMismatch",
     "DeadlineExceeded",
     "ErrorCode",
@@ -56,6 +58,7 @@ class ErrorCode(Enum):
 
     INVALID_REQUEST = "invalid_request"
     NOT_FOUND = "not_found"
+    CONFLICT = "conflict"
     LIMIT_EXCEEDED = "limit_exceeded"
     TOO_LARGE = "too_large"
     DEADLINE_EXCEEDED = "deadline_exceeded"
@@ -162,6 +165,12 @@ class RegionNotFound(ServingGraphError):
     """No shared memory region is registered under this name."""
 
     code = ErrorCode.NOT_FOUND
+
+
+class Conflict(ServingGraphError):
+    """What the request would change is not any more what its sender has seen: read it again."""
+
+    code = ErrorCode.CONFLICT
 
 
 class LimitExceeded(ServingGraphError):

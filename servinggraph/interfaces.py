@@ -28,6 +28,7 @@ __all__ = [
     "Options",
     "Router",
     "RouterHost",
+    "RouterOptions",
     "RowErrors",
     "SequencePolicy",
     "Step",
@@ -115,6 +116,14 @@ class FrontEndOptions(Options):
     )
     max_connections: int = Field(4096, ge=1, description="Most open connections; one more gets 503 and is closed.")
     max_header_bytes: int = Field(65536, ge=256, description="Largest request line and headers in bytes; more gets 431.")
+    audit_log: str = Field("", description="File to which every change of a router is appended; empty for memory alone.")
+    admin: Literal["auto", "on", "off"] = Field(
+        "auto", description="Whether /admin is there, to read and change routers; auto: on loopback, or with a token."
+    )
+    admin_token: str = Field(
+        "",
+        description="What /admin asks for as `Authorization: Bearer`; by default the environment's SERVINGGRAPH_ADMIN_TOKEN.",
+    )
     max_tensors: int = Field(1024, ge=1, description="Most inputs, or requested outputs, of a request.")
     allow_client_shm: bool = Field(
         False,
@@ -254,6 +263,15 @@ class Step(ABC, Generic[OptionsT]):
     def describe(self) -> str:
         """Say in a few words what this is and where it runs, for start-up and `check`."""
         return type(self).__name__
+
+
+class RouterOptions(Options):
+    """What every router understands."""
+
+    state: str | None = Field(
+        None,
+        description="Where settings and what was learned survive a restart: a path from this file's folder, or redis://...",
+    )
 
 
 class RouterHost(Protocol):

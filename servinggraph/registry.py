@@ -20,6 +20,8 @@ STEPS: Final[Mapping[str, str]] = {
     "python": "servinggraph.steps.python:Python",
 }
 ROUTERS: Final[Mapping[str, str]] = {
+    "ab": "servinggraph.routers.ab:Ab",
+    "chain": "servinggraph.routers.chain:Chain",
     "ensemble": "servinggraph.routers.ensemble:Ensemble",
 }
 PROTOCOLS: Final[Mapping[str, str]] = {

@@ -135,6 +135,7 @@ class NodeCompiler:
         branches: dict[str, PlanNode] = {}
         if not spec.branches:
             self._report("a router needs 'branches'", path, name)
+        in_sequence = self._runs_in_sequence(spec)
         for short, branch in (spec.branches or {}).items():
             place = (*path, "branches", short)
             if reason := name_problem(short, "branch"):
@@ -149,7 +150,19 @@ class NodeCompiler:
                 self._report(text, place, f"{name}.{short}")
             elif node is not None:
                 branches[short] = node
+            if in_sequence:
+                inside = node.signature.outputs if node is not None else None
         return branches
+
+    @staticmethod
+    def _runs_in_sequence(spec: NodeSpec) -> bool:
+        """Tell whether each branch gets what the one before it gives; a kind that is not there is reported elsewhere."""
+        if spec.router not in kinds("routers"):
+            return False
+        try:
+            return bool(load_kind("routers", spec.router).in_sequence)
+        except ImportProblem:
+            return False
 
     def _router(
         self, name: str, spec: NodeSpec, path: KeyPath, branches: Mapping[str, PlanNode]

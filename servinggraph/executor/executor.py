@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping
-from typing import Any
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any, Protocol
 
 from servinggraph.batching import Batcher
 from servinggraph.concurrency import run_until
@@ -24,8 +24,20 @@ __all__ = ["Executor"]
 logger = logging.getLogger("servinggraph.executor")
 
 
+class Seat(Protocol):
+    """A router's place: starts it with its state, stops it."""
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+
 class Executor:
     """Runs one plan on the running event loop.
+
+    Args:
+        plan: the plan.
+        seats: what starts and stops its routers.
 
     Attributes:
         plan: the plan.
@@ -36,14 +48,16 @@ class Executor:
         now: the clock of all deadlines, seconds.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, seats: Sequence[Seat] = ()) -> None:
         self.plan = plan
+        self._seats = seats
         self.batchers: dict[str, Batcher] = {}
         self.statistics = GraphStatistics({node.name: NodeStatistics() for node in plan.every_node()})
         self._steps: list[tuple[PlanNode, Step[Any]]] = [
             (node, node.work) for node in plan.every_node() if isinstance(node.work, Step)
         ]
         self.max_rows = 0
+        self._seated: list[Seat] = []
         self._run: Handler = _not_started
         self._suspends = False
         self._streaming: Streaming | None = None
@@ -64,6 +78,9 @@ class Executor:
             if failure is not None:
                 raise failure
             self._build({node.name: policy for (node, _), policy in zip(self._steps, results, strict=True)})
+            for seat in self._seats:
+                self._seated.append(seat)
+                await seat.start()
         except BaseException:
             await self.stop()
             raise
@@ -99,12 +116,20 @@ class Executor:
         """Finish the batches that run, refuse what waits, unload all steps."""
         try:
             await asyncio.gather(*(batcher.close() for batcher in self.batchers.values()))
+            await self._unseat()
         finally:  # also when that takes too long and is cancelled
             for node, step in self._steps:
                 try:
                     await asyncio.to_thread(_unloaded, step)
                 except Exception:
                     logger.exception("node '%s' failed to unload", node.name)
+
+    async def _unseat(self) -> None:
+        while self._seated:
+            try:
+                await self._seated.pop().stop()
+            except Exception:
+                logger.exception("a router of graph '%s' did not stop cleanly", self.plan.name)
 
     async def run(self, value: Any, context: Context) -> Any:
         """Run one request.

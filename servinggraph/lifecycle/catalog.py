@@ -13,6 +13,7 @@ from servinggraph.errors import GraphNotFound, Unavailable
 from servinggraph.executor import Executor
 from servinggraph.interfaces import Handler
 from servinggraph.lifecycle.answers import answer_body, answer_tensors
+from servinggraph.lifecycle.control import Control, RouterSeat
 from servinggraph.lifecycle.sequencer import Sequencer
 from servinggraph.plan import Plan
 from servinggraph.tensors import TensorSpec
@@ -29,6 +30,7 @@ class ServedGraph:
     Attributes:
         plan: the compiled graph.
         executor: runs its requests.
+        seats: its routers by node name, to be read and changed while it serves.
         ready: True from the end of a successful load to the beginning of the stop.
         requests: requests that it answers now.
         finish: makes the answer of what the last node gave: tensors, or a `Body` where the graph
@@ -40,6 +42,7 @@ class ServedGraph:
 
     plan: Plan
     executor: Executor
+    seats: Mapping[str, RouterSeat] = field(default_factory=dict)
     ready: bool = False
     requests: int = 0
     finish: Callable[[Any, Mapping[str, TensorSpec] | None, str], Any] = field(init=False, repr=False)
@@ -76,10 +79,16 @@ class Catalog:
         draining: True once the server was told to stop: not ready, but still answering.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, control: Control | None = None) -> None:
+        self._control = control or Control()
         self._graphs: dict[str, dict[str, ServedGraph]] = {}
         self._listeners: list[Callable[[], None]] = []
         self.draining = False
+
+    def made(self, plan: Plan) -> ServedGraph:
+        """Return a graph that is not started yet."""
+        seats = self._control.seats_of(plan)
+        return ServedGraph(plan, Executor(plan, seats), {seat.router.name: seat for seat in seats})
 
     async def load(self, plans: Sequence[Plan]) -> None:
         """Load graphs side by side and serve them.
@@ -87,7 +96,7 @@ class Catalog:
         Raises:
             ServingGraphError: one failed to load; those that did load are stopped again.
         """
-        graphs = [ServedGraph(plan, Executor(plan)) for plan in plans]
+        graphs = [self.made(plan) for plan in plans]
         for at, graph in enumerate(graphs):
             versions = self._graphs.setdefault(graph.plan.name, {})
             if graph.plan.version in versions:

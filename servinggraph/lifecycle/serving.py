@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 from servinggraph.interfaces import FrontEndOptions
 from servinggraph.lifecycle.admission import Admission
+from servinggraph.lifecycle.audit import AuditLog
 from servinggraph.lifecycle.catalog import Catalog
+from servinggraph.lifecycle.control import Control
 from servinggraph.lifecycle.failures import FailureLog
 from servinggraph.lifecycle.shared_memory import SharedMemory
 
@@ -18,6 +21,7 @@ class Serving:
 
     Attributes:
         options: limits and names.
+        control: the graphs' routers, to be read and changed.
         catalog: the graphs.
         admission: slots for requests in flight.
         failures: where failures of graphs are logged.
@@ -26,7 +30,8 @@ class Serving:
 
     def __init__(self, options: FrontEndOptions | None = None) -> None:
         self.options = options or FrontEndOptions()
-        self.catalog = Catalog()
+        self.control = Control(AuditLog(Path(self.options.audit_log) if self.options.audit_log else None))
+        self.catalog = Catalog(self.control)
         self.admission = Admission(self.options.max_in_flight)
         self.memory = SharedMemory(allowed=self.options.allow_client_shm, limit=self.options.max_shm_regions)
         self.failures = FailureLog(asyncio.get_running_loop().time)

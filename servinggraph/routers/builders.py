@@ -7,7 +7,30 @@ from typing import Any
 
 from servinggraph.interfaces import NodeSketch
 
-__all__ = ["Ensemble"]
+__all__ = ["Ab", "Chain", "Ensemble"]
+
+
+def Ab(  # noqa: N802  (reads as the kind that it makes)
+    branches: Mapping[str, NodeSketch | Callable[..., Any]], weights: Mapping[str, float], **options: Any
+) -> NodeSketch:
+    """Return an A/B router for the builder.
+
+    Args:
+        branches: name to step, router or plain function.
+        weights: name to weight.
+        options: keys of the `ab` router and of any node: `key`, `state`, ...
+    """
+    return NodeSketch("router", "ab", {"weights": dict(weights), **options}, dict(branches))
+
+
+def Chain(branches: Mapping[str, NodeSketch | Callable[..., Any]], **options: Any) -> NodeSketch:  # noqa: N802
+    """Return nodes that run one after the other, as one node, for the builder.
+
+    Args:
+        branches: name to step, router or plain function, in order.
+        options: keys of any node: `timeout_ms`, `batch`, ...
+    """
+    return NodeSketch("router", "chain", options, dict(branches))
 
 
 def Ensemble(  # noqa: N802  (reads as the kind that it makes)

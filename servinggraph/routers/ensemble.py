@@ -14,7 +14,8 @@ from servinggraph.concurrency import cancel_all, run_all, started
 from servinggraph.context import Context
 from servinggraph.errors import GraphInvalid, InvalidRequest, Problem, ServingGraphError, StepFailed, Unavailable
 from servinggraph.importing import ImportProblem, load_object
-from servinggraph.interfaces import Handler, Options, Router
+from servinggraph.interfaces import Handler, Router, RouterOptions
+from servinggraph.routers.signatures import union_of_inputs
 from servinggraph.tensors import Array, Signature, TensorSpec, datatype_of
 
 __all__ = ["Ensemble", "EnsembleOptions"]
@@ -23,7 +24,7 @@ Members = Mapping[str, Mapping[str, Array]]
 _RULES = ("mean", "weighted_mean", "vote")
 
 
-class EnsembleOptions(Options):
+class EnsembleOptions(RouterOptions):
     """Members side by side whose answers are combined."""
 
     combine: str | Callable[..., Any] = Field(
@@ -74,7 +75,7 @@ class Ensemble(Router[EnsembleOptions]):
         outputs = self._common_outputs(branches, problems)
         if problems:
             raise GraphInvalid(problems)
-        return Signature(_union_of_inputs(branches), outputs if self.options.combine in _RULES else None)
+        return Signature(union_of_inputs(branches), outputs if self.options.combine in _RULES else None)
 
     async def route(self, value: Any, context: Context, branches: Mapping[str, Handler]) -> Any:
         calls = [branch(value, context) for branch in branches.values()]
@@ -284,12 +285,3 @@ def _comparable(arrays: Sequence[Array]) -> Sequence[Array]:
         return arrays
     as_bytes = [[text.encode() if isinstance(text, str) else text for text in array.flat] for array in arrays]
     return [np.array(texts, dtype=object).reshape(array.shape) for texts, array in zip(as_bytes, arrays, strict=True)]
-
-
-def _union_of_inputs(branches: Mapping[str, Signature]) -> Mapping[str, TensorSpec] | None:
-    union: dict[str, TensorSpec] = {}
-    for signature in branches.values():
-        if signature.inputs is None:
-            return None
-        union.update(signature.inputs)
-    return union

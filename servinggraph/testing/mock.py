@@ -14,8 +14,9 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from servinggraph.context import Context, ParameterValue
 from servinggraph.errors import InvalidRequest
-from servinggraph.interfaces import FrontEndOptions
+from servinggraph.interfaces import FrontEndOptions, Router
 from servinggraph.lifecycle import Serving
+from servinggraph.lifecycle.control import seat_of
 from servinggraph.messages import InferenceResponse
 from servinggraph.plan import Plan
 from servinggraph.protocols.freeform import decode_body
@@ -118,6 +119,22 @@ class AsyncMock:
     def in_flight(self) -> int:
         """Requests whose work has not ended yet; 0 when every slot is free."""
         return self._admission.in_flight
+
+    def router(self, node: str) -> Router[Any]:
+        """Return a router of the graph, to look at its `settings` and `report`.
+
+        Raises:
+            GraphNotFound: no such node, or it is no router.
+        """
+        return seat_of(self._graph.seats, node, self._plan.name).router
+
+    async def adjust(self, node: str, changes: Mapping[str, Any], who: str = "test", why: str = "") -> dict[str, Any]:
+        """Change settings of a router, as PATCH /admin/graphs/{graph}/routers/{node} does; returns all of them.
+
+        Raises:
+            InvalidRequest: a setting that there is not, or a value that it cannot have.
+        """
+        return self._serving.control.change(seat_of(self._graph.seats, node, self._plan.name), changes, who, why)
 
     async def infer(
         self,
@@ -286,6 +303,14 @@ class SyncMock:
     def in_flight(self) -> int:
         """Requests whose work has not ended yet; 0 when every slot is free."""
         return self._server.in_flight
+
+    def router(self, node: str) -> Router[Any]:
+        """Return a router of the graph; see `AsyncMock.router`."""
+        return self._server.router(node)
+
+    def adjust(self, node: str, changes: Mapping[str, Any], who: str = "test", why: str = "") -> dict[str, Any]:
+        """Change settings of a router; see `AsyncMock.adjust`."""
+        return self._portal.call(self._server.adjust, node, changes, who, why)
 
     def infer(self, inputs: Mapping[str, Any] | None = None, /, **options: Any) -> InferenceResponse:
         """Send one request; see `AsyncMock.infer`."""

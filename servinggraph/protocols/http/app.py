@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from servinggraph.errors import ServingGraphError
 from servinggraph.lifecycle import Serving
-from servinggraph.protocols.http.endpoints import health, invocations, shared_memory, statistics
+from servinggraph.protocols.http.endpoints import admin, feedback, health, invocations, shared_memory, statistics
 from servinggraph.protocols.http.endpoints.routing import json_response
 from servinggraph.protocols.http.status import error_response
 
@@ -25,6 +25,8 @@ _PARTS = (
     health,
     invocations,
     shared_memory,
+    feedback,
+    admin,
 )
 
 

@@ -14,6 +14,7 @@ __all__ = ["HTTP_STATUS", "error_response"]
 HTTP_STATUS: Final[Mapping[ErrorCode, int]] = {
     ErrorCode.INVALID_REQUEST: 400,
     ErrorCode.NOT_FOUND: 404,
+    ErrorCode.CONFLICT: 409,
     ErrorCode.LIMIT_EXCEEDED: 503,
     ErrorCode.TOO_LARGE: 413,
     ErrorCode.DEADLINE_EXCEEDED: 504,

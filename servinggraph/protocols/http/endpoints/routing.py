@@ -14,7 +14,7 @@ from starlette.routing import Route
 from servinggraph.errors import InvalidRequest, RequestTooLarge
 from servinggraph.protocols.v2.json_data import parse_json
 
-__all__ = ["MODEL", "VERSION", "json_object", "json_response", "route"]
+__all__ = ["MODEL", "VERSION", "Endpoint", "json_object", "json_response", "route"]
 
 MODEL: Final = "/v2/models/{name:segment}"
 VERSION: Final = MODEL + "/versions/{version:digits}"

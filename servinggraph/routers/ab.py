@@ -1,0 +1,94 @@
+"""The `ab` router: each request goes to one of several variants, by weight, and a key stays with its variant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field
+
+from servinggraph.context import Context
+from servinggraph.errors import GraphInvalid, InvalidRequest, Problem
+from servinggraph.interfaces import Handler, Router, RouterOptions
+from servinggraph.routers.selection import KeyReader, Weights, key_reader, weights_problem
+from servinggraph.routers.signatures import common_signature
+from servinggraph.tensors import Signature
+
+__all__ = ["Ab", "AbOptions"]
+
+
+class AbOptions(RouterOptions):
+    """One of several variants answers, chosen by weight."""
+
+    weights: dict[str, float] = Field(description="Weight of each variant; only their ratios matter.")
+    key: str | None = Field(
+        None,
+        description="Where the key is that keeps a caller with a variant: header:NAME, parameter:NAME, tensor:NAME, "
+        "field:PATH or id. Requests without it, and all without this option, are spread by chance.",
+    )
+    salt: str | None = Field(
+        None, description="Sets the assignment of keys apart from other routers'; by default the node's name."
+    )
+
+
+class Ab(Router[AbOptions]):
+    """Sends each request to one variant.
+
+    Which one answered stands in the response's parameters, `<node>.variant`. The weights can
+    be changed while it serves; then only the keys move whose variant lost or won weight.
+    """
+
+    options_type = AbOptions
+
+    def signature(self, branches: Mapping[str, Signature]) -> Signature:
+        problems: list[Problem] = []
+        self._names = dict.fromkeys(branches)
+        reason = weights_problem(self.options.weights, branches)
+        if reason is None and (missing := [name for name in branches if name not in self.options.weights]):
+            reason = f"weights have none for {', '.join(missing)}; 0 sends it no request"
+        if reason:
+            problems.append(Problem(reason, node="weights"))
+        self._key: KeyReader | None = None
+        if self.options.key is not None:
+            try:
+                self._key = key_reader(self.options.key)
+            except ValueError as error:
+                problems.append(Problem(str(error), node="key"))
+        signature = common_signature(branches, problems)
+        if problems:
+            raise GraphInvalid(problems)
+        self._set(self.options.weights)
+        self._decisions = dict.fromkeys(branches, 0)
+        self._parameter = f"{self.name}.variant"
+        return signature
+
+    async def route(self, value: Any, context: Context, branches: Mapping[str, Handler]) -> Any:
+        key = None if self._key is None else self._key(value, context)
+        variant = self._weights.at_random() if key is None else self._weights.by_key(key)
+        self._decisions[variant] += 1
+        context.response_parameters[self._parameter] = variant
+        return await branches[variant](value, context)
+
+    def describe(self) -> str:
+        return "ab (" + ", ".join(f"{name} {share:.0%}" for name, share in self._weights.shares.items()) + ")"
+
+    def settings(self) -> dict[str, Any]:
+        return {"weights": dict(self._plain)}
+
+    def adjust(self, changes: Mapping[str, Any]) -> None:
+        for name in changes:
+            if name not in ("weights", "revision"):
+                raise InvalidRequest(f"'{name}' cannot be changed; 'weights' can")
+        weights = changes.get("weights")
+        if reason := weights_problem(weights, self._names):
+            raise InvalidRequest(reason)
+        assert weights is not None  # just seen
+        self._set({**dict.fromkeys(self._names, 0.0), **weights})
+
+    def report(self) -> dict[str, Any]:
+        return {"decisions": dict(self._decisions), "shares": dict(self._weights.shares)}
+
+    def _set(self, weights: Mapping[str, float]) -> None:
+        self._plain = dict(weights)
+        salt = self.options.salt
+        self._weights = Weights(weights, self.name if salt is None else salt)
