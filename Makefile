@@ -12,7 +12,7 @@ serve: install                     ## serve the example graph
 	$(BIN)/servinggraph serve $(GRAPH)
 
 test: .venv/.dev                   ## install what the tests need, run everything
-	scripts/system-packages.sh dot=graphviz curl=curl
+	scripts/system-packages.sh dot=graphviz curl=curl redis-server=redis-server
 	$(BIN)/python -m pytest -q
 
 lint: .venv/.dev                   ## style, types, import layers
@@ -50,5 +50,5 @@ clean:
 	touch $@
 
 .venv/.dev: .venv/.installed requirements/dev.in
-	$(PIP) --editable '.[grpc,onnx,plot,test]' --requirement requirements/dev.in
+	$(PIP) --editable '.[grpc,onnx,plot,redis,test]' --requirement requirements/dev.in
 	touch $@

@@ -42,6 +42,9 @@ class StateStore(ABC):
             StateFailed: it could not be written.
         """
 
+    def close(self) -> None:
+        """Let go of connections."""
+
 
 class FileStore(StateStore):
     """One JSON file; several routers, and several processes of one machine, may share it."""
@@ -113,7 +116,7 @@ class RedisStore(StateStore):
             text = self._client.get(self._PREFIX + key)
         except self._failures as error:
             raise StateFailed(f"cannot read state '{key}' in Redis: {error}") from error
-        found: dict[str, Any] | None = None if text is None else orjson.loads(text)  # type: ignore[arg-type]  # the sync client's answer
+        found: dict[str, Any] | None = None if text is None else orjson.loads(text)
         return found
 
     def save(self, key: str, document: Mapping[str, Any]) -> None:
@@ -121,6 +124,9 @@ class RedisStore(StateStore):
             self._client.set(self._PREFIX + key, orjson.dumps(dict(document)))
         except self._failures as error:
             raise StateFailed(f"cannot write state '{key}' to Redis: {error}") from error
+
+    def close(self) -> None:
+        self._client.close()
 
 
 def open_store(place: str, base: Path) -> StateStore:

@@ -93,8 +93,10 @@ class RouterSeat:
         finally:
             if self._saving is not None:
                 await asyncio.wait({self._saving})
-            if self._store is not None and self._control.leave(self):
-                await self._save()
+            if self._store is not None:
+                if self._control.leave(self):
+                    await self._save()
+                self._store.close()
 
     def document(self) -> dict[str, Any]:
         """Return what is saved."""

@@ -1,0 +1,126 @@
+"""Routers read and changed while they serve: settings, state, audit."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from servinggraph import Graph, routers
+from servinggraph.errors import Conflict, GraphNotFound, InvalidRequest, StepFailed
+from servinggraph.interfaces import Feedback
+from servinggraph.lifecycle import Control
+from servinggraph.lifecycle.audit import AuditLog
+from servinggraph.lifecycle.catalog import Catalog
+from servinggraph.lifecycle.control import give_feedback, seat_of
+
+X = np.array([1.0], np.float32)
+
+
+def a(value):
+    return {"y": value["x"]}
+
+
+def b(value):
+    return {"y": -value["x"]}
+
+
+def a_plan(version=1, weights=None, **options):
+    weights = weights or {"a": 1, "b": 1}
+    graph = Graph("g", {"x": ("FP32", [-1])}, version=version)
+    return graph.to(routers.Ab({"a": a, "b": b}, weights, **options), "test").respond().compile()
+
+
+def test_a_change_raises_the_revision_and_stands_in_the_audit_log(run, tmp_path):
+    async def check():
+        control = Control(AuditLog(tmp_path / "logs" / "audit.jsonl"))
+        catalog = Catalog(control)
+        await catalog.load([a_plan()])
+        seat = seat_of(catalog.get("g").seats, "test", "g")
+        control.change(seat, {"weights": {"a": 1, "b": 3}}, "ann", "b looks better")
+        control.change(seat, {"weights": {"a": 1, "b": 3}}, "ann", "the same again is no change")
+        with pytest.raises(Conflict, match="at revision 1, not 0"):
+            control.change(seat, {"weights": {"a": 1}}, "eve", revision=0)
+        control.change(seat, {"weights": {"a": 1}}, "eve", revision=1)
+        await catalog.stop()
+
+        eve, ann = control.audit.last("g", "test")
+        assert ("ann", "b looks better", 1) == (ann.who, ann.why, ann.revision)
+        assert ({"weights": {"a": 1.0, "b": 1.0}}, {"weights": {"a": 1, "b": 3}}) == (ann.before, ann.after)
+        assert ("g", "1", "test", "eve") == (eve.graph, eve.version, eve.node, eve.who)
+        lines = [json.loads(line) for line in (tmp_path / "logs" / "audit.jsonl").read_text().splitlines()]
+        assert ["ann", "eve"] == [line["who"] for line in lines]
+
+    run(check())
+
+
+def test_unknown_settings_and_nodes_are_refused_with_the_nearest(run):
+    async def check():
+        control = Control()
+        catalog = Catalog(control)
+        await catalog.load([a_plan()])
+        seats = catalog.get("g").seats
+        with pytest.raises(InvalidRequest, match="no setting 'weight'; did you mean 'weights'"):
+            control.change(seats["test"], {"weight": {}})
+        with pytest.raises(GraphNotFound, match="no router 'tst'; did you mean 'test'"):
+            seat_of(seats, "tst", "g")
+        with pytest.raises(InvalidRequest, match="no router that could use this feedback"):
+            give_feedback(seats, Feedback(id="r", reward=1.0), "g")
+        await catalog.stop()
+
+    run(check())
+
+
+@pytest.mark.parametrize("kind", ["file", "redis"])
+def test_settings_survive_a_restart_where_the_file_says_so(run, tmp_path, request, kind):
+    place = str(tmp_path / "state.json") if kind == "file" else request.getfixturevalue("redis_url")
+
+    async def served(change=None):
+        control = Control()
+        catalog = Catalog(control)
+        await catalog.load([a_plan(state=place)])
+        seat = catalog.get("g").seats["test"]
+        if change:
+            control.change(seat, change)
+        found = seat.router.settings(), seat.router.revision
+        await catalog.stop()
+        return found
+
+    async def check():
+        assert ({"weights": {"a": 1.0, "b": 1.0}}, 0) == await served()
+        await served({"weights": {"a": 2, "b": 1}})
+        assert ({"weights": {"a": 2, "b": 1}}, 1) == await served()
+
+    run(check())
+
+
+def test_a_graph_that_is_reloaded_takes_up_the_settings_of_the_one_that_still_serves(run, tmp_path):
+    async def check():
+        control = Control()
+        plan = lambda: a_plan(state=str(tmp_path / "state.json"))  # noqa: E731
+        old, new = Catalog(control), Catalog(control)
+        await old.load([plan()])
+        control.change(old.get("g").seats["test"], {"weights": {"a": 5}})
+        await new.load([plan()])
+        assert {"weights": {"a": 5, "b": 0.0}} == new.get("g").seats["test"].router.settings()
+        control.change(new.get("g").seats["test"], {"weights": {"b": 7}})
+        await old.stop()  # later than the other's change, and must not undo it
+        await new.stop()
+        last = Catalog(Control())
+        await last.load([plan()])
+        assert {"weights": {"a": 0.0, "b": 7}} == last.get("g").seats["test"].router.settings()
+        await last.stop()
+
+    run(check())
+
+
+def test_saved_state_that_does_not_fit_any_more_is_said_at_the_load(run, tmp_path):
+    path = tmp_path / "state.json"
+    path.write_text(json.dumps({"g/1/test": {"weights": {"gone": 1}}}))
+
+    async def check():
+        with pytest.raises(StepFailed, match="node 'test': its saved state does not fit the graph any more.*'gone'"):
+            await Catalog(Control()).load([a_plan(state=str(path))])
+
+    run(check())
