@@ -44,6 +44,7 @@ class StateStore(ABC):
 
     def close(self) -> None:
         """Let go of connections."""
+        return
 
 
 class FileStore(StateStore):
