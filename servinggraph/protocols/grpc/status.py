@@ -14,6 +14,7 @@ __all__ = ["GRPC_STATUS", "status_of"]
 GRPC_STATUS: Final[Mapping[ErrorCode, grpc.StatusCode]] = {
     ErrorCode.INVALID_REQUEST: grpc.StatusCode.INVALID_ARGUMENT,
     ErrorCode.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
+    ErrorCode.CONFLICT: grpc.StatusCode.ABORTED,
     # As in Triton, and what clients retry; RESOURCE_EXHAUSTED is what gRPC itself says of messages that are too large.
     ErrorCode.LIMIT_EXCEEDED: grpc.StatusCode.UNAVAILABLE,
     ErrorCode.TOO_LARGE: grpc.StatusCode.RESOURCE_EXHAUSTED,
