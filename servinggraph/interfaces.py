@@ -125,6 +125,9 @@ class FrontEndOptions(Options):
         description="What /admin asks for as `Authorization: Bearer`; by default the environment's SERVINGGRAPH_ADMIN_TOKEN.",
     )
     max_tensors: int = Field(1024, ge=1, description="Most inputs, or requested outputs, of a request.")
+    max_stream_requests: int = Field(
+        64, ge=1, description="Most unanswered requests of one gRPC stream; more are read once one is answered."
+    )
     allow_client_shm: bool = Field(
         False,
         description="Let clients register shared memory regions. Only for clients that are trusted with all shared memory "

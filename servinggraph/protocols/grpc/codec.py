@@ -23,13 +23,33 @@ from servinggraph.protocols.v2.response import known_datatype, plain_parameters
 from servinggraph.protocols.v2.shared_memory import REGION, Regions, check_fits, input_in_region, output_in_region
 from servinggraph.tensors import DATATYPES, Array, TensorSpec
 
-__all__ = ["EMPTY_FINAL", "MAX_MESSAGE_BYTES", "decode_request", "encode_response"]
+__all__ = [
+    "EMPTY_FINAL",
+    "FINAL",
+    "MAX_MESSAGE_BYTES",
+    "decode_request",
+    "empty_answer",
+    "encode_response",
+    "error_item",
+    "stream_item",
+]
 
 EMPTY_FINAL: Final = "triton_enable_empty_final_response"
 """Request parameter: a graph that gives any number of answers says with an empty one that there are no more."""
 
+FINAL: Final = "triton_final_response"
+"""Response parameter of every answer over a stream: whether it is the last one to its request."""
+
+_FINAL: Final = {
+    last: pb.ModelInferResponse(parameters={FINAL: pb.InferParameter(bool_param=last)}).SerializeToString()
+    for last in (False, True)
+}
+
 MAX_MESSAGE_BYTES: Final = 2**31 - 1
 """Largest message that gRPC carries."""
+
+_MAX_ANSWER_BYTES: Final = MAX_MESSAGE_BYTES - 64
+"""Largest answer: as an item of a stream it has a few bytes more around it."""
 
 Parameters = Mapping[str, pb.InferParameter]
 
@@ -231,8 +251,8 @@ def encode_response(response: InferenceResponse, request: InferenceRequest) -> b
             _output(name, array, parts, tensors)
     parts += tensors
     size = sum(map(len, parts))
-    if size > MAX_MESSAGE_BYTES:
-        raise InvalidRequest(f"the answer has {size} bytes, and gRPC carries at most {MAX_MESSAGE_BYTES} in a message")
+    if size > _MAX_ANSWER_BYTES:
+        raise InvalidRequest(f"the answer has {size} bytes, and gRPC carries at most {_MAX_ANSWER_BYTES} in a message")
     for memory, data in writes:
         memory.write(data)
     return b"".join(parts)
@@ -260,6 +280,28 @@ def _in_memory(wanted: RequestedOutput, memory: Destination, array: Array, parts
 
 
 _RAW_TAG: Final = b"\x32"  # ModelInferResponse.raw_output_contents
+
+
+def stream_item(answer: bytes, *, final: bool) -> bytes:
+    """Return an encoded answer as an item of a stream; `final` when no more answers to its request follow."""
+    # A field may stand anywhere in a message, and whoever reads it puts the parameters together.
+    end = _FINAL[final]
+    return b"\x12%b%b%b" % (varint(len(answer) + len(end)), answer, end)
+
+
+def empty_answer(request: InferenceRequest, model: str, version: str) -> bytes:
+    """Encode an answer without outputs, which says that there are no more."""
+    return encode_response(InferenceResponse(model, version, {}, request.id), InferenceRequest({}))
+
+
+def error_item(text: str, message: pb.ModelInferRequest) -> bytes:
+    """Return what a stream says of a request that failed: the text, and which request that was."""
+    item = pb.ModelStreamInferResponse(error_message=text)
+    item.infer_response.model_name = message.model_name
+    item.infer_response.model_version = message.model_version
+    item.infer_response.id = message.id
+    item.infer_response.parameters[FINAL].bool_param = True
+    return item.SerializeToString()
 
 
 @lru_cache(maxsize=1024)

@@ -83,6 +83,7 @@ class GrpcFrontEnd:
         self._release()
         if self._server is None:
             return
+        self._service.drain()
         # gRPC's own time is longer, so that what is cut off is told why.
         stopping = asyncio.ensure_future(self._server.stop(grace_s + _FAREWELL_S))
         done, _ = await asyncio.wait({stopping}, timeout=grace_s)

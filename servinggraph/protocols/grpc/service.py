@@ -11,6 +11,7 @@ from servinggraph.protocols.grpc.endpoints import health
 from servinggraph.protocols.grpc.infer import ModelInfer
 from servinggraph.protocols.grpc.requests import Requests
 from servinggraph.protocols.grpc.routing import SERVICE, unary
+from servinggraph.protocols.grpc.stream import ModelStreamInfer
 
 __all__ = ["Service"]
 
@@ -30,12 +31,19 @@ class Service(grpc.GenericRpcHandler):
         self._requests = Requests(serving)
         self._infer = ModelInfer(self._requests)
         self._handlers[f"/{SERVICE}/ModelInfer"] = grpc.unary_unary_rpc_method_handler(self._infer.answer)
+        self._stream = ModelStreamInfer(self._requests)
+        self._handlers[f"/{SERVICE}/ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(self._stream.answer)
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Return the handler for a path, None when there is none."""
         return self._handlers.get(handler_call_details.method)
 
+    def drain(self) -> None:
+        """End streams once what is in flight on them is answered."""
+        self._stream.drain()
+
     def close(self) -> None:
         """Cancel what is in flight: the time that it had to finish is over."""
         self._requests.closing = True
         self._infer.cancel()
+        self._stream.cancel()
