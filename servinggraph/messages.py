@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from servinggraph.context import ParameterValue
@@ -58,9 +58,11 @@ class RequestedOutput:
         binary: True or False where the request says how to send it, None where it does not.
         parameters: the entry's parameters as they came.
         memory: where in shared memory its data goes; None when it is sent.
+        classify: makes classes of it, given whether its first axis is the batch; None when it is
+            wanted as it is.
     """
 
-    __slots__ = ("binary", "memory", "name", "parameters")
+    __slots__ = ("binary", "classify", "memory", "name", "parameters")
 
     def __init__(
         self, name: str, binary: bool | None, parameters: Mapping[str, Any], memory: Destination | None = None
@@ -69,6 +71,7 @@ class RequestedOutput:
         self.binary = binary
         self.parameters = parameters
         self.memory = memory
+        self.classify: Callable[[Array, bool], Array] | None = None
 
 
 class InferenceRequest:
@@ -109,9 +112,10 @@ class InferenceResponse:
         outputs: tensor name to array. Of a graph with `inputs: body` a `Body`.
         id: the request's id.
         parameters: response-level parameters that steps or routers have set.
+        batched: True when the first axis of every tensor is the batch.
     """
 
-    __slots__ = ("id", "model", "outputs", "parameters", "version")
+    __slots__ = ("batched", "id", "model", "outputs", "parameters", "version")
 
     def __init__(
         self,
@@ -120,8 +124,10 @@ class InferenceResponse:
         outputs: Mapping[str, Array],
         id: str = "",
         parameters: Mapping[str, ParameterValue] | None = None,
+        batched: bool = False,
     ) -> None:
         self.model = model
+        self.batched = batched
         self.version = version
         self.outputs = outputs
         self.id = id

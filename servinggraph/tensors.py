@@ -18,6 +18,7 @@ import numpy.typing as npt
 __all__ = [
     "DATATYPES",
     "Array",
+    "Labels",
     "Shape",
     "Signature",
     "TensorSpec",
@@ -62,6 +63,19 @@ def datatype_of(array: Array) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
+class Labels:
+    """Names of classes.
+
+    Attributes:
+        file: path of the file they came from, as the graph has it.
+        names: name of each class by its index.
+    """
+
+    file: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """What is known of a tensor before any request arrives.
 
@@ -69,11 +83,13 @@ class TensorSpec:
         datatype: V2 datatype name; None when unknown.
         shape: size of each axis, -1 for any; None when unknown.
         optional: True for an input that a request may leave out.
+        labels: what the elements of an output stand for, for classification; None without.
     """
 
     datatype: str | None = None
     shape: Shape | None = None
     optional: bool = False
+    labels: Labels | None = None
 
     def conflict_with(self, other: TensorSpec) -> str | None:
         """Say why a tensor described by `self` can never be one described by `other`.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from servinggraph.compiler.bodies import body_keys
+from servinggraph.compiler.labels import declared_outputs
 from servinggraph.compiler.nodes import NodeCompiler, Tensors
 from servinggraph.compiler.options import validated
 from servinggraph.compiler.sequences import sequence_problems
@@ -64,6 +65,11 @@ def compile_graph(
     sources = sources_of(spec, source, problems)
     order = ordered(sources, spec, source, problems)
     inputs = {name: model.spec() for name, model in spec.tensors.items()}
+    problems.extend(
+        source.problem(f"'labels' names classes of an output, and '{name}' is an input", ("inputs", name, "labels"))
+        for name, model in spec.tensors.items()
+        if model.labels is not None
+    )
     compiler = NodeCompiler(source, replace, problems, sequences=spec.sequences is not None)
     takes_body = spec.inputs == "body"
     # Inputs that are themselves at fault are taken for unknown, so that nothing follows from them.
@@ -141,7 +147,7 @@ def _answer(spec: GraphSpec, given: Tensors, source: Source, problems: list[Prob
     """Return the tensors of the answer: the declared ones, else all that the last node gives."""
     if spec.outputs is None:
         return given
-    declared = {name: model.spec() for name, model in spec.outputs.items()}
+    declared = declared_outputs(spec.outputs, source, ("outputs",), problems)
     for name, expected in declared.items():
         if given is None:
             continue

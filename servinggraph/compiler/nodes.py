@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from servinggraph.compiler.labels import declared_outputs
 from servinggraph.compiler.options import validated
 from servinggraph.errors import GraphInvalid, Problem, nearest
 from servinggraph.importing import ImportProblem
@@ -77,7 +78,9 @@ class NodeCompiler:
         self._check_batch(work, spec, signature, path, name)
         if isinstance(work, Step) and work.unbatchable is not None and spec.batch not in (None, False):
             self._report(f"cannot batch: {work.unbatchable}", (*path, "batch"), name)
-        declared = {tensor: model.spec() for tensor, model in spec.outputs.items()} if spec.outputs else None
+        declared = (
+            declared_outputs(spec.outputs, self.source, (*path, "outputs"), self.problems, name) if spec.outputs else None
+        )
         outputs = self._outputs(signature.outputs, declared, spec, given, path, name)
         kind = spec.step or spec.router or ""
         node = PlanNode(

@@ -56,7 +56,9 @@ async def infer(graph: ServedGraph, request: InferenceRequest, context: Context)
             graph.executor.statistics.succeeded(ended, ended - began, request.inputs)
         if context.trace is not None:
             context.trace.end(outputs)
-    return InferenceResponse(plan.name, plan.version, outputs, request.id, context.response_parameters)
+    return InferenceResponse(
+        plan.name, plan.version, outputs, request.id, context.response_parameters, graph.executor.max_rows > 0
+    )
 
 
 async def stream(graph: ServedGraph, request: InferenceRequest, context: Context) -> AsyncGenerator[InferenceResponse, None]:

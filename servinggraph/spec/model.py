@@ -28,6 +28,11 @@ class TensorModel(Options):
     datatype: Datatype = Field(description="V2 datatype.")
     shape: list[int] = Field(description="Size of each axis; -1 is any size.")
     optional: bool = Field(False, description="True when a request may leave the input out.")
+    labels: str | None = Field(
+        None,
+        description="File with the names of an output's classes, one a line, for the `classification` parameter; "
+        "a relative path starts from the graph file.",
+    )
 
     @field_validator("shape")
     @classmethod

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from servinggraph.errors import ServingGraphError
 from servinggraph.lifecycle import Serving
-from servinggraph.protocols.http.endpoints import admin, feedback, health, invocations, shared_memory, statistics
+from servinggraph.protocols.http.endpoints import admin, config, feedback, health, invocations, shared_memory, statistics
 from servinggraph.protocols.http.endpoints.routing import json_response
 from servinggraph.protocols.http.status import error_response
 
@@ -22,6 +22,7 @@ __all__ = ["make_app"]
 # Statistics before health: `/v2/models/stats` is not the metadata of a graph called stats.
 _PARTS = (
     statistics,
+    config,
     health,
     invocations,
     shared_memory,

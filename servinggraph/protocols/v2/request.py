@@ -11,6 +11,7 @@ from servinggraph.errors import InvalidRequest, Unsupported
 from servinggraph.messages import InferenceRequest, RequestedOutput
 from servinggraph.protocols.v2.binary_data import decode_bytes
 from servinggraph.protocols.v2.checks import check_input, check_names, check_sizes
+from servinggraph.protocols.v2.classification import classifier
 from servinggraph.protocols.v2.json_data import decode_data, parse_json, shown
 from servinggraph.protocols.v2.shared_memory import REGION, Regions, input_in_region, output_in_region
 from servinggraph.tensors import DATATYPES, Array, TensorSpec, element_count
@@ -245,12 +246,12 @@ def _outputs(
             continue
         if type(parameters) is not dict:
             raise InvalidRequest(f"Unable to parse 'parameters' of output '{name}': expected an object")
-        if parameters.get("classification"):
-            raise Unsupported(f"output '{name}' asks for 'classification', which this server does not offer")
         binary = parameters.get("binary_data")
         if binary is not None:
             binary = _flag("binary_data", binary)
         wanted = RequestedOutput(name, binary, parameters)
+        if "classification" in parameters:
+            wanted.classify = classifier(name, parameters, known)
         if REGION in parameters:
             wanted.memory = output_in_region(name, parameters, _offered(regions, f"output '{name}'"))
         requested.setdefault(name, wanted)

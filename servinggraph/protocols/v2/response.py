@@ -54,8 +54,11 @@ def encode_response(response: InferenceResponse, request: InferenceRequest) -> E
             if wanted.memory is not None:
                 entries.append(_in_memory(wanted.name, outputs[wanted.name], wanted.memory, writes))
                 continue
+            array = outputs[wanted.name]
+            if wanted.classify is not None:
+                array = wanted.classify(array, response.batched)
             binary = request.binary if wanted.binary is None else wanted.binary
-            entries.append(_entry(wanted.name, outputs[wanted.name], binary, parts))
+            entries.append(_entry(wanted.name, array, binary, parts))
     else:
         for name, array in outputs.items():
             entries.append(_entry(name, array, request.binary, parts))

@@ -247,7 +247,11 @@ def requested(outputs: Any, default: bool, tensors: Any) -> list[tuple[str, bool
         parameters = entry.get("parameters")
         need(parameters is None or type(parameters) is dict, "parameters")
         parameters = parameters or {}
-        need(not parameters.get("shared_memory_region") and not parameters.get("classification"), "not offered")
+        need(not parameters.get("shared_memory_region"), "not offered")
+        classes = parameters.get("classification")
+        need(classes is None or (type(classes) is int and classes >= 0), "classification")
+        if classes:
+            raise Unclear("what classes look like is tested elsewhere")
         flag = parameters.get("binary_data")
         need(flag is None or type(flag) is bool, "flag")
         wanted.setdefault(entry["name"], default if flag is None else flag)

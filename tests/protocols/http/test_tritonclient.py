@@ -224,14 +224,6 @@ def test_an_unknown_output_is_refused_by_name(client):
         client.infer("add", inputs, outputs=[triton.InferRequestedOutput("product")])
 
 
-def test_classification_and_shared_memory_are_refused_as_not_offered(client):
-    inputs = [an_input("x", ARRAYS["FP32"], "FP32")]
-    with pytest.raises(InferenceServerException, match="classification") as info:
-        client.infer("echo_FP32", inputs, outputs=[triton.InferRequestedOutput("y", class_count=2)])
-
-    assert "501" == info.value.status()
-
-
 def test_query_parameters_are_ignored(client):
     reply = client.infer("echo_FP32", [an_input("x", ARRAYS["FP32"], "FP32")], query_params={"tag": "a"})
 

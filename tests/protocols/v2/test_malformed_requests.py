@@ -213,7 +213,6 @@ def test_texts_name_the_request_by_its_id():
     ("change", "text"),
     [
         (of(data=..., parameters={"shared_memory_region": "r"}), "input 'a' is in shared memory"),
-        ({"inputs": [GOOD], "outputs": [{"name": "y", "parameters": {"classification": 2}}]}, "output 'y' asks for 'classification'"),
         ({"inputs": [GOOD], "outputs": [{"name": "y", "parameters": {"shared_memory_region": "r"}}]}, "'shared_memory_region'"),
     ],
 )  # fmt: skip
