@@ -18,6 +18,7 @@ from servinggraph.protocols.grpc.generated import grpc_service_pb2 as pb
 from servinggraph.protocols.grpc.wire import Data, field, varint
 from servinggraph.protocols.v2.binary_data import decode_bytes, encode_bytes
 from servinggraph.protocols.v2.checks import check_input, check_names, check_sizes
+from servinggraph.protocols.v2.classification import classifier
 from servinggraph.protocols.v2.request import RequestLimits
 from servinggraph.protocols.v2.response import known_datatype, plain_parameters
 from servinggraph.protocols.v2.shared_memory import REGION, Regions, check_fits, input_in_region, output_in_region
@@ -211,9 +212,9 @@ def _outputs(
         if known is not None and name not in known:
             raise InvalidRequest(f"unexpected inference output '{name}' for model '{model}', it has {', '.join(known)}")
         parameters = _tensor_parameters(f"output '{name}'", entry.parameters) if entry.parameters else {}
-        if parameters.get("classification"):
-            raise Unsupported(f"output '{name}' asks for 'classification', which this server does not offer")
         wanted = RequestedOutput(name, True, parameters)
+        if "classification" in parameters:
+            wanted.classify = classifier(name, parameters, known)
         if REGION in parameters:
             wanted.memory = output_in_region(name, parameters, _offered(regions, f"output '{name}'"))
         requested.setdefault(name, wanted)
@@ -242,6 +243,8 @@ def encode_response(response: InferenceResponse, request: InferenceRequest) -> b
                     f"unexpected inference output '{wanted.name}' for model '{response.model}', it gave {', '.join(outputs)}"
                 )
             array = outputs[wanted.name]
+            if wanted.classify is not None:
+                array = wanted.classify(array, response.batched)
             if wanted.memory is None:
                 _output(wanted.name, array, parts, tensors)
             else:

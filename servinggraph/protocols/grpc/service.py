@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 
 from servinggraph.lifecycle import Serving
-from servinggraph.protocols.grpc.endpoints import health
+from servinggraph.protocols.grpc.endpoints import health, models
 from servinggraph.protocols.grpc.infer import ModelInfer
 from servinggraph.protocols.grpc.requests import Requests
 from servinggraph.protocols.grpc.routing import SERVICE, unary
@@ -15,7 +15,10 @@ from servinggraph.protocols.grpc.stream import ModelStreamInfer
 
 __all__ = ["Service"]
 
-_PARTS = (health,)
+_PARTS = (
+    health,
+    models,
+)
 
 
 class Service(grpc.GenericRpcHandler):

@@ -110,12 +110,13 @@ def _of_graph(graph: ServedGraph) -> dict[str, Any]:
     if plan.timeout_s is not None:
         parts["parameters"] = {"timeout_ms": {"string_value": f"{plan.timeout_s * 1e3:g}"}}
     # Only one of these three can be said, in protobuf as in JSON.
-    sequences = getattr(plan, "sequences", None)
     alone = batchers.get("") or (batchers.get(plan.nodes[0].name) if len(plan.nodes) == 1 else None)
     steps = _ensemble_steps(plan) if len(plan.nodes) > 1 and alone is None else None
-    if sequences is not None:
-        idle = int(sequences.idle_ms * _MICROSECONDS)
-        parts["sequence_batching"] = {"max_sequence_idle_microseconds": idle}
+    if plan.sequences is not None:
+        parts["sequence_batching"] = {
+            "max_sequence_idle_microseconds": round(plan.sequences.idle_ms * _MICROSECONDS),
+            "oldest": {"max_candidate_sequences": plan.sequences.max},
+        }
     elif alone is not None:
         parts["dynamic_batching"] = _dynamic_batching(alone.policy)
     elif steps is not None:

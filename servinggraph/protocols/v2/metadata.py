@@ -5,20 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from servinggraph.lifecycle import Serving
 from servinggraph.plan import Plan
 from servinggraph.tensors import TensorSpec
 
 __all__ = ["EXTENSIONS", "PLATFORM", "model_metadata", "server_metadata"]
 
-EXTENSIONS: Final = ("sequence", "sequence(string_id)", "binary_tensor_data", "parameters", "schedule_policy")
-"""Protocol extensions that always work here; names as Triton's."""
+EXTENSIONS: Final = (
+    "classification",
+    "sequence",
+    "sequence(string_id)",
+    "schedule_policy",
+    "model_configuration",
+    "binary_tensor_data",
+    "parameters",
+    "statistics",
+)
+"""Protocol extensions that always work here; names as Triton's. What only some servers offer joins them below."""
 
 PLATFORM: Final = "servinggraph_graph"
 
 
-def server_metadata(name: str, version: str, more_extensions: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the server's metadata; `more_extensions` are those that only some servers offer."""
-    return {"name": name, "version": version, "extensions": [*EXTENSIONS, *more_extensions]}
+def server_metadata(serving: Serving) -> dict[str, Any]:
+    """Return the server's metadata, the same for all front ends."""
+    options = serving.options
+    extensions = [*EXTENSIONS, *serving.memory.extensions]
+    return {"name": options.server_name, "version": options.server_version, "extensions": extensions}
 
 
 def model_metadata(plan: Plan, versions: Sequence[str]) -> dict[str, Any]:

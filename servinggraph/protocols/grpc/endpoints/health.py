@@ -32,7 +32,7 @@ def methods(serving: Serving) -> Mapping[str, Method]:
         return pb.ModelReadyResponse(ready=not catalog.draining)
 
     def metadata(request: pb.ServerMetadataRequest) -> pb.ServerMetadataResponse:
-        return pb.ServerMetadataResponse(**server_metadata(serving.options.server_name, serving.options.server_version))
+        return pb.ServerMetadataResponse(**server_metadata(serving))
 
     def model(request: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:
         version = version_of(request.version)

@@ -26,8 +26,7 @@ def routes(serving: Serving) -> list[Route]:
         return json_response({"ready": catalog.ready}, 200 if catalog.ready else 503)
 
     def metadata(request: Request) -> Response:
-        options = serving.options
-        return json_response(server_metadata(options.server_name, options.server_version, serving.memory.extensions))
+        return json_response(server_metadata(serving))
 
     def models(request: Request) -> Response:
         return json_response({"models": sorted({graph.plan.name for graph in catalog.graphs()})})
