@@ -116,6 +116,9 @@ class FrontEndOptions(Options):
     )
     max_connections: int = Field(4096, ge=1, description="Most open connections; one more gets 503 and is closed.")
     max_header_bytes: int = Field(65536, ge=256, description="Largest request line and headers in bytes; more gets 431.")
+    stream_stall_s: float = Field(
+        60, gt=0, description="Longest time that the reader of a stream may take nothing; then its connection is cut off."
+    )
     audit_log: str = Field("", description="File to which every change of a router is appended; empty for memory alone.")
     admin: Literal["auto", "on", "off"] = Field(
         "auto", description="Whether /admin is there, to read and change routers; auto: on loopback, or with a token."

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, aclosing
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from servinggraph.plan import Plan
 from servinggraph.protocols.freeform import decode_body
 from servinggraph.protocols.freeform.body import media_of
 from servinggraph.protocols.freeform.client import encode_body
+from servinggraph.protocols.http.endpoints.generate import InferStream
 from servinggraph.protocols.http.endpoints.invocations import Invocations
 from servinggraph.protocols.http.server import make_asgi
 from servinggraph.protocols.v2.checks import check_takes_tensors
@@ -109,6 +110,7 @@ class AsyncMock:
         await catalog.load([self._plan])
         self._asgi = make_asgi(self._serving)
         self._invocations = Invocations(self._serving)
+        self._streams = InferStream(self._serving)
         self._graph = catalog.get(self._plan.name)
 
     async def stop(self) -> None:
@@ -163,14 +165,7 @@ class AsyncMock:
         Raises:
             ServingGraphError: what a client would get as an error; `__cause__` is the step's own.
         """
-        check_takes_tensors(self._plan)
-        arrays = {name: self._array(name, given) for name, given in {**(inputs or {}), **tensors}.items()}
-        body, length = encode_request(arrays, id, parameters, outputs)
-        sent = dict(headers or {})
-        sent["inference-header-content-length"] = str(length)
-        if timeout_s is not None:
-            sent["x-request-timeout-ms"] = repr(timeout_s * 1e3)
-        raw = [(name.lower().encode("latin-1"), text.encode("latin-1")) for name, text in sent.items()]
+        body, raw = self._request({**(inputs or {}), **tensors}, id, parameters, headers, outputs, timeout_s)
         context = Context()
         self._admission.enter()
         try:
@@ -178,6 +173,54 @@ class AsyncMock:
         finally:
             context.when_idle(self._admission.leave)
         return decode_response(encoded.body, encoded.header_length)
+
+    async def stream(
+        self,
+        inputs: Mapping[str, Any] | None = None,
+        /,
+        *,
+        id: str = "",
+        parameters: Mapping[str, ParameterValue] | None = None,
+        headers: Mapping[str, str] | None = None,
+        outputs: Sequence[str] = (),
+        timeout_s: float | None = None,
+        **tensors: Any,
+    ) -> AsyncGenerator[InferenceResponse, None]:
+        """Send one request, and give its answers one by one, each made when it is asked for; see `infer`.
+
+        Leave it with `aclose` (`contextlib.aclosing`) to be a client that goes away.
+
+        Raises:
+            ServingGraphError: what a client would get as an error, after the answers before it.
+        """
+        body, raw = self._request({**(inputs or {}), **tensors}, id, parameters, headers, outputs, timeout_s)
+        context = Context()
+        self._admission.enter()
+        try:
+            async with aclosing(self._streams.answers(self._graph, body, dict(raw), raw, context)) as answers:
+                async for encoded in answers:
+                    yield decode_response(encoded.body, encoded.header_length)
+        finally:
+            context.when_idle(self._admission.leave)
+
+    def _request(
+        self,
+        tensors: Mapping[str, Any],
+        id: str,
+        parameters: Mapping[str, ParameterValue] | None,
+        headers: Mapping[str, str] | None,
+        outputs: Sequence[str],
+        timeout_s: float | None,
+    ) -> tuple[bytes, list[tuple[bytes, bytes]]]:
+        """Return an inference request's body and headers."""
+        check_takes_tensors(self._plan)
+        arrays = {name: self._array(name, given) for name, given in tensors.items()}
+        body, length = encode_request(arrays, id, parameters, outputs)
+        sent = dict(headers or {})
+        sent["inference-header-content-length"] = str(length)
+        if timeout_s is not None:
+            sent["x-request-timeout-ms"] = repr(timeout_s * 1e3)
+        return body, [(name.lower().encode("latin-1"), text.encode("latin-1")) for name, text in sent.items()]
 
     async def invoke(
         self,
@@ -315,6 +358,19 @@ class SyncMock:
     def infer(self, inputs: Mapping[str, Any] | None = None, /, **options: Any) -> InferenceResponse:
         """Send one request; see `AsyncMock.infer`."""
         return self._portal.call(lambda: self._server.infer(inputs, **options))
+
+    def stream(self, inputs: Mapping[str, Any] | None = None, /, **options: Any) -> Generator[InferenceResponse, None, None]:
+        """Send one request, and give its answers one by one; `close` goes away early. See `AsyncMock.stream`."""
+        answers = self._server.stream(inputs, **options)
+        try:
+            while True:
+                try:
+                    answer = self._portal.call(answers.__anext__)
+                except StopAsyncIteration:
+                    return
+                yield answer
+        finally:
+            self._portal.call(answers.aclose)
 
     def invoke(self, body: Any = b"", content_type: str | None = None, accept: str = "", **options: Any) -> Any:
         """Send a free-form request; see `AsyncMock.invoke`."""

@@ -13,7 +13,16 @@ from starlette.responses import Response
 
 from servinggraph.errors import ServingGraphError
 from servinggraph.lifecycle import Serving
-from servinggraph.protocols.http.endpoints import admin, config, feedback, health, invocations, shared_memory, statistics
+from servinggraph.protocols.http.endpoints import (
+    admin,
+    config,
+    feedback,
+    generate,
+    health,
+    invocations,
+    shared_memory,
+    statistics,
+)
 from servinggraph.protocols.http.endpoints.routing import json_response
 from servinggraph.protocols.http.status import error_response
 
@@ -24,6 +33,7 @@ _PARTS = (
     statistics,
     config,
     health,
+    generate,
     invocations,
     shared_memory,
     feedback,

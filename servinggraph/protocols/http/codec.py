@@ -6,11 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from servinggraph.context import ParameterValue
+from servinggraph.context import Context, Headers, ParameterValue
 from servinggraph.errors import InvalidRequest
-from servinggraph.protocols.v2.parameters import timeout_of
+from servinggraph.messages import InferenceRequest
+from servinggraph.protocols.v2.parameters import priority_of, timeout_of
 
-__all__ = ["deadline_of", "header_length_of"]
+__all__ = ["deadline_of", "fill_context", "header_length_of"]
 
 _HEADER_LENGTH: Final = b"inference-header-content-length"
 _TIMEOUT_HEADERS: Final = (b"x-request-timeout-ms", b"x-envoy-expected-rq-timeout-ms")
@@ -63,3 +64,25 @@ def deadline_of(headers: RawHeaders, parameters: Mapping[str, ParameterValue], n
         end = now + milliseconds / 1e3
         deadline = end if deadline is None else min(deadline, end)
     return deadline
+
+
+def fill_context(
+    context: Context,
+    request: InferenceRequest,
+    graph: str,
+    headers: RawHeaders,
+    raw_headers: list[tuple[bytes, bytes]],
+    now: float,
+) -> None:
+    """Note in a request's context what the request says of itself.
+
+    Raises:
+        InvalidRequest: a priority or a time limit that is none.
+    """
+    context.id = request.id
+    context.headers = Headers(raw_headers)
+    context.graph = graph
+    if request.parameters:
+        context.parameters = request.parameters
+        context.priority = priority_of(request.parameters)
+    context.deadline = deadline_of(headers, request.parameters, now)

@@ -19,7 +19,7 @@ from servinggraph.protocols.http.status import error_response
 from servinggraph.protocols.http.wire import REPLY, STATUS_LINE
 from servinggraph.protocols.v2.compression import accepted_coding, compress, decompress
 
-__all__ = ["JSON_FIELD", "ASGIApp", "Exchange", "Receive", "Scope", "Send"]
+__all__ = ["JSON_FIELD", "ASGIApp", "ClientGone", "Exchange", "Message", "Receive", "Scope", "Send", "send_whole"]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -35,7 +35,7 @@ _BLOCKING_BYTES: Final = 256 * 1024
 """Bodies above this are packed and unpacked in a thread: zlib takes a millisecond for about 100 KiB."""
 
 
-class _ClientGone(Exception):
+class ClientGone(Exception):
     """The connection ended before the body was complete."""
 
 
@@ -113,34 +113,34 @@ class Exchange(ABC, Generic[AnswerT]):
         try:
             self._admission.enter()
         except ServingGraphError as error:
-            await _send(send, *error_response(error))
+            await send_whole(send, *error_response(error))
             return
         try:
-            body = await self._body(receive, headers)
+            body = await self.read_body(receive, headers)
             self._departures.expect(task, receive)
             encoded = await self.answer(graph, body, headers, scope["headers"], context)
             response = self.fields(encoded)
             content = encoded.body
             if b"accept-encoding" in headers:
-                content = await self._packed(content, headers[b"accept-encoding"], response)
+                content = await self.packed(content, headers[b"accept-encoding"], response)
             status = 200
-        except _ClientGone:
+        except ClientGone:
             return
         except ServingGraphError as error:
-            self._report(error, graph, context)
+            self.report(error, graph, context)
             status, response, content = error_response(error)
             if error.__class__ is RequestTooLarge:
                 response.append(_CLOSE)  # what is left of the body is not worth reading
         except asyncio.CancelledError as error:
             if self._departures.gone(task):
                 return  # nobody is there to answer
-            failure = self._cancelled(task, error)
-            self._report(failure, graph, context)
+            failure = self.cancelled(task, error)
+            self.report(failure, graph, context)
             status, response, content = error_response(failure)
         except Exception as error:  # a defect of ours: the caller is answered all the same
             failure = StepFailed(f"{type(error).__name__}: {error}")
             failure.__cause__ = error
-            self._report(failure, graph, context)
+            self.report(failure, graph, context)
             status, response, content = error_response(failure)
         finally:
             self._departures.forget(task)
@@ -148,14 +148,14 @@ class Exchange(ABC, Generic[AnswerT]):
         reply = scope.get("extensions", _NO_EXTENSIONS).get(REPLY)
         # ASGI's way where the connection has to be closed: uvicorn reads that off the headers.
         if reply is None or response[-1] is _CLOSE or not reply(_head(status, response, len(content)), content):
-            await _send(send, status, response, content)
+            await send_whole(send, status, response, content)
 
-    def _report(self, error: ServingGraphError, graph: ServedGraph, context: Context) -> None:
+    def report(self, error: ServingGraphError, graph: ServedGraph, context: Context) -> None:
         """Log failures that are ours or the graph's; a caller's mistakes are told to the caller only."""
         if isinstance(error, StepFailed):
             self._failures.report(graph.plan.name, context.id, error)
 
-    def _cancelled(self, task: asyncio.Task[Any], error: asyncio.CancelledError) -> ServingGraphError:
+    def cancelled(self, task: asyncio.Task[Any], error: asyncio.CancelledError) -> ServingGraphError:
         """Return what a request that was cancelled, but whose client is still there, is told."""
         if not task.cancelling():
             failure = StepFailed("was cancelled from inside")  # a step raised it: nobody cancelled this task
@@ -165,13 +165,19 @@ class Exchange(ABC, Generic[AnswerT]):
             return Unavailable("the server is shutting down")
         return Cancelled("was cancelled")
 
-    async def _body(self, receive: Receive, headers: dict[bytes, bytes]) -> bytes:
+    async def read_body(self, receive: Receive, headers: dict[bytes, bytes]) -> bytes:
+        """Return a request's body.
+
+        Raises:
+            RequestTooLarge: over the limit.
+            ClientGone: the connection ended before.
+        """
         length = headers.get(b"content-length")
         if length is not None and length.isdigit() and int(length) > self._max_body_bytes:
             raise self.too_large()
         message = await receive()
         if message["type"] != "http.request":
-            raise _ClientGone
+            raise ClientGone
         body: bytes = message["body"]
         if not message["more_body"]:
             return body
@@ -180,7 +186,7 @@ class Exchange(ABC, Generic[AnswerT]):
         while message["more_body"]:
             message = await receive()
             if message["type"] != "http.request":
-                raise _ClientGone
+                raise ClientGone
             parts.append(message["body"])
             size += len(parts[-1])
             if size > self._max_body_bytes:
@@ -198,7 +204,8 @@ class Exchange(ABC, Generic[AnswerT]):
             return decompress(body, coding, self._max_body_bytes)
         return await asyncio.to_thread(decompress, body, coding, self._max_body_bytes)
 
-    async def _packed(self, content: bytes, accepted: bytes, headers: list[tuple[bytes, bytes]]) -> bytes:
+    async def packed(self, content: bytes, accepted: bytes, headers: list[tuple[bytes, bytes]]) -> bytes:
+        """Apply the content coding that the client wants; see `compress`."""
         coding = accepted_coding(accepted.decode("latin-1"))
         if coding == "identity":
             return content
@@ -216,7 +223,8 @@ def _head(status: int, headers: list[tuple[bytes, bytes]], length: int) -> bytes
     return b"".join(lines)
 
 
-async def _send(send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+async def send_whole(send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+    """Send a response in ASGI's way."""
     headers.append((b"content-length", str(len(body)).encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -79,8 +79,10 @@ class InferRoute(Exchange[EncodedResponse]):
         """Make the table of paths anew after a change of what is served."""
         table: dict[str, ServedGraph] = {}
         for graph in self._catalog.graphs():
-            if graph.ready and not graph.plan.body:
+            if graph.ready and not graph.plan.body and not graph.plan.decoupled:
                 name, version = graph.plan.name, graph.plan.version
                 table[f"/v2/models/{name}/versions/{version}/infer"] = graph
-                table[f"/v2/models/{name}/infer"] = self._catalog.get(name)
+                newest = self._catalog.get(name)
+                if not newest.plan.body and not newest.plan.decoupled:
+                    table[f"/v2/models/{name}/infer"] = newest
         self._routes = table

@@ -9,6 +9,8 @@ given by `Config(http=...)`. Source of the order of answers: RFC 9112 ยง9.3.2, ย
 from __future__ import annotations
 
 import asyncio
+import sys
+from collections.abc import Callable
 from typing import Any, Final
 
 import httptools
@@ -16,10 +18,17 @@ import orjson
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-__all__ = ["REPLY", "STATUS_LINE", "bounded_protocol"]
+__all__ = ["ABORT", "REPLY", "STATUS_LINE", "UNFRAMED", "bounded_protocol"]
 
 REPLY: Final = "servinggraph.reply"
 """Name, in an ASGI scope's `extensions`, of the callable that sends a whole response at once."""
+
+UNFRAMED: Final = "servinggraph.unframed"
+"""Name of the callable after which the end of the connection is the end of a response's body: HTTP/1.0 has no chunks.
+It returns what has to be called before the last part."""
+
+ABORT: Final = "servinggraph.abort"
+"""Name of the callable that cuts a connection off, with what its client has not read."""
 
 MAX_PIPELINED: Final = 16
 """Requests that may wait behind one that runs; with more, the connection is not read any further."""
@@ -125,7 +134,7 @@ class _Bounded(HttpToolsProtocol):
         super().connection_made(transport)
         self._plain_transport = transport
         # One for all requests: bound to a request it would be a cycle of references, garbage for each.
-        self._extensions = {REPLY: self.reply}
+        self._extensions = {REPLY: self.reply, UNFRAMED: self.unframed, ABORT: self.abort}
         self.transport = _OneWrite(transport, self)  # type: ignore[assignment]  # a transport in all that is used of it
         self.flow = _Flow(transport, self.pipeline)
         if len(self.connections) > self.max_connections:
@@ -217,6 +226,24 @@ class _Bounded(HttpToolsProtocol):
             self.transport.close()
         cycle.on_response()
         return True
+
+    def unframed(self) -> Callable[[], None]:
+        """See `UNFRAMED`; called before the response begins."""
+        cycle = self._running
+        assert cycle is not None
+        cycle.chunked_encoding = cycle.keep_alive = False
+        cycle.expected_content_length = sys.maxsize
+
+        def end() -> None:
+            cycle.expected_content_length = 0
+
+        return end
+
+    def abort(self) -> None:
+        """See `ABORT`."""
+        if self._running is not None:
+            self._running.disconnected = True
+        self._plain_transport.abort()
 
     def on_body(self, body: bytes) -> None:
         self._quiet_bytes = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import chain
 from math import isinf
@@ -23,7 +23,7 @@ import orjson
 from servinggraph.errors import InvalidRequest, StepFailed
 from servinggraph.tensors import DATATYPES, Array, element_count
 
-__all__ = ["MAX_NESTING", "decode_data", "encodable", "encode_data", "parse_json", "shown"]
+__all__ = ["MAX_NESTING", "decode_data", "encodable", "encode_data", "parse_json", "parse_unique", "shown"]
 
 MAX_NESTING: Final = 100
 """Deepest nesting of `data`, as in Triton."""
@@ -63,9 +63,42 @@ def shown(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def _parse_tokens(text: bytes) -> Any:
+def parse_unique(text: bytes) -> Any:
+    """Parse JSON as `parse_json` does, and refuse an object that has a key twice.
+
+    Raises:
+        InvalidRequest: not JSON, or a key that is there twice.
+    """
+    document = parse_json(text)
+    # Without escapes a key stands in the text as it is; one that stands there once cannot be a duplicate.
+    if b"\\" not in text and all(text.count(b'"%b"' % key.encode()) == 1 for key in _keys(document)):
+        return document
+    try:
+        _parse_tokens(text, _unique)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"failed to parse the request JSON buffer: {error}") from None
+    return document
+
+
+def _keys(document: Any) -> list[str]:
+    """Return the keys of an object and of the objects in it, one level deep; deeper ones V2 does not have."""
+    if type(document) is not dict:
+        return []
+    return [*document, *(key for value in document.values() if type(value) is dict for key in value)]
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {shown(twice)} is there twice")
+    return document
+
+
+def _parse_tokens(text: bytes, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """Parse JSON with the standard library, as strict as orjson but for the three tokens."""
-    document = json.loads(text.decode(), parse_float=_finite, parse_int=_integer)
+    document = json.loads(text.decode(), parse_float=_finite, parse_int=_integer, object_pairs_hook=make_object)
     if b"\\u" in text:
         json.dumps(document, ensure_ascii=False).encode()  # raises for half of a surrogate pair
     return document

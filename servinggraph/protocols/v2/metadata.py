@@ -19,6 +19,7 @@ EXTENSIONS: Final = (
     "model_configuration",
     "binary_tensor_data",
     "parameters",
+    "generate",
     "statistics",
 )
 """Protocol extensions that always work here; names as Triton's. What only some servers offer joins them below."""

@@ -16,7 +16,7 @@ from servinggraph.protocols.v2.json_data import decode_data, parse_json, shown
 from servinggraph.protocols.v2.shared_memory import REGION, Regions, input_in_region, output_in_region
 from servinggraph.tensors import DATATYPES, Array, TensorSpec, element_count
 
-__all__ = ["RequestLimits", "parse_request"]
+__all__ = ["RequestLimits", "parse_request", "request_parameters"]
 
 _SOURCES: Final = "Input must set only one of the following fields: 'data', 'binary_data_size', 'shared_memory_region'"
 
@@ -130,7 +130,7 @@ def _parse(
     request = InferenceRequest(inputs, request_id)
     parameters = document.get("parameters")
     if parameters is not None:
-        request.parameters = _request_parameters(parameters)
+        request.parameters = request_parameters(parameters)
         request.binary = _flag("binary_data_output", request.parameters.get("binary_data_output", False))
     outputs = document.get("outputs")
     if outputs is not None:
@@ -203,7 +203,12 @@ def _offered(regions: Regions | None, what: str) -> Regions:
     return regions
 
 
-def _request_parameters(parameters: Any) -> Mapping[str, ParameterValue]:
+def request_parameters(parameters: Any) -> Mapping[str, ParameterValue]:
+    """Return the parameters of a request.
+
+    Raises:
+        InvalidRequest: no object, a reserved name, or a value that no parameter can have.
+    """
     if type(parameters) is not dict:
         raise InvalidRequest("Unable to parse 'parameters': attempt to access JSON non-object as object")
     for key, value in parameters.items():

@@ -17,7 +17,7 @@ from servinggraph.protocols.v2.json_data import encodable, encode_data
 from servinggraph.protocols.v2.shared_memory import check_fits
 from servinggraph.tensors import Array, datatype_of
 
-__all__ = ["EncodedResponse", "encode_response", "known_datatype", "plain_parameters"]
+__all__ = ["EncodedResponse", "dump_json", "encode_response", "known_datatype", "plain_parameters"]
 
 _OPTIONS: Final = orjson.OPT_SERIALIZE_NUMPY
 
@@ -68,7 +68,7 @@ def encode_response(response: InferenceResponse, request: InferenceRequest) -> E
     if response.parameters:
         document["parameters"] = plain_parameters(response.parameters)
     document["outputs"] = entries
-    text = _dumps(document)
+    text = dump_json(document)
     for memory, data in writes:
         memory.write(data)
     if any(len(part) for part in parts):
@@ -128,7 +128,7 @@ def _entry(name: str, array: Array, binary: bool, parts: list[memoryview | bytes
     return {"name": name, "datatype": datatype, "shape": array.shape, "parameters": {"binary_data_size": len(data)}}
 
 
-def _dumps(document: dict[str, Any]) -> bytes:
+def dump_json(document: dict[str, Any]) -> bytes:
     """Write JSON; not-a-number and infinities as the bare tokens that V2 clients read."""
     text = orjson.dumps(document, option=_OPTIONS)
     # orjson writes null for them. Nothing else in a response is null, so a hit is one of them,
