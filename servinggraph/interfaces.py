@@ -20,6 +20,7 @@ from servinggraph.tensors import Signature
 
 __all__ = [
     "BatchPolicy",
+    "CachePolicy",
     "Feedback",
     "FrontEndOptions",
     "Handler",
@@ -100,6 +101,15 @@ class SequencePolicy(Options):
         128, ge=0, description="Most sequences that wait for another to end; the start of one more is refused with 503."
     )
     max_queue: int = Field(128, ge=1, description="Most requests of one sequence that wait; one more is refused with 503.")
+
+
+class CachePolicy(Options):
+    """How many answers of a pure node are kept, and for how long."""
+
+    max_bytes: int = Field(ge=1, description="Most bytes that kept answers take; the least recently used go first.")
+    ttl_s: float | None = Field(
+        None, gt=0, description="How long an answer is kept, seconds; by default as long as there is room."
+    )
 
 
 class FrontEndOptions(Options):
@@ -262,6 +272,13 @@ class Step(ABC, Generic[OptionsT]):
         """
         return value
 
+    def impurity(self) -> str | None:
+        """Say why equal values may get different answers, as the end of "is not pure: it ..."; None when nothing tells.
+
+        Asked for after `prepare`, for a node that is declared pure: what nothing tells is the declaration's word.
+        """
+        return None
+
     @abstractmethod
     def operation(self) -> Operation:
         """Return the callable that runs the step. Called once, on the event loop, after `load`."""
@@ -332,6 +349,13 @@ class Router(ABC, Generic[OptionsT]):
         Raises:
             GraphInvalid: with every reason for which this router cannot work.
         """
+
+    def impurity(self) -> str | None:
+        """Say why equal values may get different answers although the branches are pure; see `Step.impurity`.
+
+        A router whose branches all run, or that decides by the value alone, overrides this.
+        """
+        return "may decide differently for each request"
 
     @abstractmethod
     async def route(self, value: Any, context: Context, branches: Mapping[str, Handler]) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from servinggraph.interfaces import BatchPolicy, Router, SequencePolicy, Step
+from servinggraph.interfaces import BatchPolicy, CachePolicy, Router, SequencePolicy, Step
 from servinggraph.tensors import Signature, TensorSpec
 
 __all__ = ["INPUTS", "Plan", "PlanNode"]
@@ -32,6 +32,7 @@ class PlanNode:
         keep: tensors that go past the node; "all" for each that it gets; None for none.
         timeout_s: longest time for this node; None without a limit.
         batch: what the graph says of batching; None when it is silent.
+        cache: how its answers are kept; None when they are not.
         outputs: declared outputs, checked on every answer; None when nothing is declared.
         signature: what it takes and gives as far as known, names as outside the node.
         streams: True when it gives any number of values, one after the other: a generator.
@@ -47,6 +48,7 @@ class PlanNode:
     keep: tuple[str, ...] | str | None = None
     timeout_s: float | None = None
     batch: BatchPolicy | bool | None = None
+    cache: CachePolicy | None = None
     outputs: Mapping[str, TensorSpec] | None = None
     signature: Signature = field(default_factory=Signature)
     streams: bool = False
@@ -65,6 +67,7 @@ class Plan:
         answer: name of the node whose result is the answer.
         timeout_s: longest time for a request; None without a limit.
         batch: policy for batching whole requests, None for none.
+        cache: how its answers are kept; None when they are not.
         source: file the graph came from; None when it was built in Python.
         body: True when a request brings one free-form value instead of tensors.
         body_keys: what the first nodes look up by name in that value, which then has to be a
@@ -80,6 +83,7 @@ class Plan:
     answer: str
     timeout_s: float | None = None
     batch: BatchPolicy | None = None
+    cache: CachePolicy | None = None
     source: str | None = None
     body: bool = False
     body_keys: Mapping[str, TensorSpec] | None = None

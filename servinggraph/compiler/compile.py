@@ -62,6 +62,7 @@ def compile_graph(
         source.problem(reason, ("nodes", name), name) for name in spec.nodes if (reason := name_problem(name, "node"))
     )
     problems.extend(_unbatchable(spec, source))
+    problems.extend(_uncacheable(spec, source))
     sources = sources_of(spec, source, problems)
     order = ordered(sources, spec, source, problems)
     inputs = {name: model.spec() for name, model in spec.tensors.items()}
@@ -96,6 +97,7 @@ def compile_graph(
         answer=spec.answer or "",
         timeout_s=None if spec.timeout_ms is None else spec.timeout_ms / 1e3,
         batch=spec.batch,
+        cache=spec.cache,
         source=source.file,
         body=takes_body,
         body_keys=body_keys(nodes.values()) if takes_body else None,
@@ -114,6 +116,21 @@ def _unbatchable(spec: GraphSpec, source: Source) -> list[Problem]:
         source.problem(f"'batch' joins requests by their first axis, and that of input '{name}' is not free", ("batch",))
         for name, model in spec.tensors.items()
         if not model.shape or model.shape[0] != -1
+    ]
+
+
+def _uncacheable(spec: GraphSpec, source: Source) -> list[Problem]:
+    """Return what stands in the way of keeping whole answers, where the graph asks for it."""
+    if spec.cache is None:
+        return []
+    if spec.sequences is not None:
+        return [
+            source.problem("'cache' keeps the graph's answers, which with 'sequences' depend on what came before", ("cache",))
+        ]
+    return [
+        source.problem(f"'cache' keeps the graph's answers, and node '{name}' does not say 'pure: true'", ("cache",), name)
+        for name, node in spec.nodes.items()
+        if not node.pure
     ]
 
 

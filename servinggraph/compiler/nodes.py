@@ -78,6 +78,7 @@ class NodeCompiler:
         self._check_batch(work, spec, signature, path, name)
         if isinstance(work, Step) and work.unbatchable is not None and spec.batch not in (None, False):
             self._report(f"cannot batch: {work.unbatchable}", (*path, "batch"), name)
+        self._check_purity(spec, work, path, name)
         declared = (
             declared_outputs(spec.outputs, self.source, (*path, "outputs"), self.problems, name) if spec.outputs else None
         )
@@ -94,6 +95,7 @@ class NodeCompiler:
             keep=tuple(spec.keep) if isinstance(spec.keep, list) else spec.keep,
             timeout_s=None if spec.timeout_ms is None else spec.timeout_ms / 1e3,
             batch=spec.batch,
+            cache=spec.cache,
             outputs=declared,
             signature=Signature(signature.inputs, outputs),
             streams=isinstance(work, Step) and work.streams,
@@ -240,6 +242,19 @@ class NodeCompiler:
                         name,
                     )
 
+    def _check_purity(self, spec: NodeSpec, work: Step[Any] | Router[Any], path: KeyPath, name: str) -> None:
+        if not spec.pure:
+            if spec.cache is not None:
+                text = "'cache' is for nodes whose answer depends on nothing but their input: promise it with 'pure: true'"
+                self._report(text, (*path, "cache"), name)
+            return
+        reason = _impurity(work)
+        if reason is not None:
+            self._report(f"is not pure: it {reason}; remove 'pure'", (*path, "pure"), name)
+        for short, branch in (spec.branches or {}).items():
+            if not branch.pure:
+                self._report(f"is not pure: branch '{short}' does not say 'pure: true'", (*path, "pure"), name)
+
     def _outputs(
         self,
         known: Tensors,
@@ -289,6 +304,17 @@ class NodeCompiler:
                 text = f"'keep' names '{tensor}', which does not reach this node{nearest(tensor, list(given))}"
                 self._report(text, (*path, "keep"), name)
         return {tensor: given[tensor] for tensor in spec.keep if tensor in given}
+
+
+def _impurity(work: Step[Any] | Router[Any]) -> str | None:
+    if isinstance(work, Step):
+        if work.streams:
+            return "gives any number of answers, as it is a generator"
+        if work.keeps_state:
+            return "keeps state for its sequence"
+    elif type(work).adjust is not Router.adjust:
+        return "has settings that can be changed while it serves"
+    return work.impurity()
 
 
 def _replaced(spec: NodeSpec, call: Callable[..., Any]) -> NodeSpec:

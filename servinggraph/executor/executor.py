@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from servinggraph.batching import Batcher
@@ -12,10 +12,11 @@ from servinggraph.concurrency import run_until
 from servinggraph.context import Context
 from servinggraph.errors import ServingGraphError, StepFailed, Unsupported
 from servinggraph.executor.bodies import entered, entrance
+from servinggraph.executor.cache import ResponseCache, cached
 from servinggraph.executor.streams import END, Streaming
 from servinggraph.executor.stretches import named, run_plan
 from servinggraph.executor.wiring import router_operation, step_operation, unshared, wrapped
-from servinggraph.interfaces import BatchPolicy, Handler, Operation, Router, Step
+from servinggraph.interfaces import BatchPolicy, CachePolicy, Handler, Operation, Router, Step
 from servinggraph.plan import Plan, PlanNode
 from servinggraph.statistics import GraphStatistics, NodeStatistics
 
@@ -42,6 +43,7 @@ class Executor:
     Attributes:
         plan: the plan.
         batchers: batcher of each batched node, by node name; the empty name for the whole graph's.
+        caches: kept answers of each node with `cache`, by node name; the empty name for the whole graph's.
         statistics: counters of the graph and its nodes.
         max_rows: rows that one run of the graph may have, known once it is started; 0 where requests
             are no batches: the first axis of some input or output is fixed, or no node is batched.
@@ -52,6 +54,7 @@ class Executor:
         self.plan = plan
         self._seats = seats
         self.batchers: dict[str, Batcher] = {}
+        self.caches: dict[str, ResponseCache] = {}
         self.statistics = GraphStatistics({node.name: NodeStatistics() for node in plan.every_node()})
         self._steps: list[tuple[PlanNode, Step[Any]]] = [
             (node, node.work) for node in plan.every_node() if isinstance(node.work, Step)
@@ -101,6 +104,7 @@ class Executor:
             self.statistics.whole = NodeStatistics()
             self.batchers[""] = Batcher(whole, self.plan.batch, self.plan.name, None, self.statistics.whole)
             whole = self.batchers[""].operation()
+        whole = self._kept("", self.plan.cache, self.statistics.requests)(whole)
         self._run = entered(self._enter, whole.handler) if self.plan.body else whole.handler
         self._suspends = whole.suspends
         self.max_rows = self._rows_of_a_run()
@@ -209,7 +213,14 @@ class Executor:
                 operation = batcher.operation()
         else:
             operation = step_operation(node, node.work, policies[node.name], self.batchers, statistics)
-        return wrapped(node, operation, statistics)
+        return wrapped(node, operation, statistics, self._kept(node.name, node.cache, statistics))
+
+    def _kept(self, name: str, policy: CachePolicy | None, statistics: NodeStatistics) -> Callable[[Operation], Operation]:
+        """Return what puts the cache that a policy asks for in front of an operation."""
+        if policy is None:
+            return lambda operation: operation
+        cache = self.caches[name] = ResponseCache(policy, self.now)
+        return lambda operation: cached(operation, cache, statistics)
 
     def _is_bare_batcher(self, node: PlanNode, operation: Operation) -> bool:
         """Tell whether an operation is a batcher's own, with nothing wrapped around it."""

@@ -86,10 +86,20 @@ def router_operation(router: Router[Any], branches: Mapping[str, Handler]) -> Op
     return Operation(call, suspends=True)
 
 
-def wrapped(node: PlanNode, operation: Operation, statistics: NodeStatistics) -> Operation:
-    """Return the operation with the node's declared outputs, renames, kept tensors and time limit."""
+def wrapped(
+    node: PlanNode, operation: Operation, statistics: NodeStatistics, keeping: Callable[[Operation], Operation]
+) -> Operation:
+    """Return the operation with the node's declared outputs, cache, renames, kept tensors and time limit.
+
+    Args:
+        node: the node.
+        operation: what its step or router does.
+        statistics: the node's counters.
+        keeping: puts a cache in front of what the node itself does, if it has one.
+    """
     if node.outputs is not None:
         operation = _then(operation, _counted(output_check(node.name, node.outputs), statistics))
+    operation = keeping(operation)
     mapping = mapping_of(node)
     if mapping is not None:
         operation = _mapped(operation, mapping[0], _counted(mapping[1], statistics))

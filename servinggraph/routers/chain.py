@@ -31,5 +31,8 @@ class Chain(Router[ChainOptions]):
             value = await branch(value, context)
         return value
 
+    def impurity(self) -> str | None:
+        return None
+
     def describe(self) -> str:
         return "chain"

@@ -71,6 +71,7 @@ class Ensemble(Router[EnsembleOptions]):
         self._weights = {name: (weights or {}).get(name, 1.0) for name in names}
         if self.options.quorum is not None and self.options.quorum > len(names):
             problems.append(Problem(f"'quorum' is {self.options.quorum}, but there are {len(names)} branches", node="quorum"))
+        self._members = len(names)
         self._quorum = min(self.options.quorum or len(names), len(names))
         outputs = self._common_outputs(branches, problems)
         if problems:
@@ -91,6 +92,10 @@ class Ensemble(Router[EnsembleOptions]):
         except Exception as error:
             raise StepFailed.because_of(error, f"cannot combine {', '.join(members)}: ") from error
         return await result if inspect.isawaitable(result) else result
+
+    def impurity(self) -> str | None:
+        quorum = self.options.quorum
+        return "answers without members that fail ('quorum')" if quorum and quorum < self._members else None
 
     def describe(self) -> str:
         rule = self.options.combine if isinstance(self.options.combine, str) else "custom"

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from servinggraph.interfaces import BatchPolicy, Options, SequencePolicy
+from servinggraph.interfaces import BatchPolicy, CachePolicy, Options, SequencePolicy
 from servinggraph.tensors import DATATYPES, TensorSpec
 
 __all__ = ["COMMON_KEYS", "GraphSpec", "NodeSpec", "Rename", "TensorModel", "name_problem"]
@@ -81,6 +81,12 @@ class NodeSpec(Options):
     batch: BatchPolicy | bool | None = Field(
         None, description="Batch requests for this node: `true` for the defaults, `false` for never."
     )
+    pure: bool = Field(
+        False, description="Promise that equal values get equal answers, and that nothing else depends on the node's running."
+    )
+    cache: CachePolicy | None = Field(
+        None, description="Keep the node's answers and give them again; for nodes with `pure: true`."
+    )
     branches: dict[str, NodeSpec] | None = Field(None, description="Branches of a router, by name.")
 
     @property
@@ -117,6 +123,9 @@ class GraphSpec(Options):
     )
     sequences: SequencePolicy | None = Field(
         None, description="Requests belong to sequences, for which steps keep state; `{}` for the defaults."
+    )
+    cache: CachePolicy | None = Field(
+        None, description="Keep the graph's answers and give them again; for graphs whose nodes all say `pure: true`."
     )
 
     @property

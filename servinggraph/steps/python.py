@@ -121,6 +121,9 @@ class Python(Step[PythonOptions]):
             return Operation(in_thread, suspends=True)
         return Operation(call, suspends=self._is_async, streams=self.streams)
 
+    def impurity(self) -> str | None:
+        return "takes the context, which differs between requests" if self._context_by_name else None
+
     def describe(self) -> str:
         where = "async" if self._is_async else self.options.run
         return f"python {self._label} ({where}{', stream' if self.streams else ''})"
