@@ -16,6 +16,7 @@
     ├── Unavailable                the server or a node is starting or stopping
     ├── Unsupported                understood, but not offered
     ├── StepFailed                 a step raised, or returned what it must not
+    ├── LoadFailed                 a graph of the repository did not load; what served before serves on
     └── GraphInvalid               a graph definition was refused; carries every problem found
 
 Each protocol maps `ErrorCode` to its own status in one table (`protocols/*/status.py`).
@@ -210,6 +211,12 @@ class Unsupported(ServingGraphError):
     """The protocol knows this, but it is not offered here."""
 
     code = ErrorCode.UNSUPPORTED
+
+
+class LoadFailed(ServingGraphError):
+    """A graph of the repository did not load; what was served under its name before is served on."""
+
+    code = ErrorCode.INTERNAL
 
 
 class StepFailed(ServingGraphError):

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from servinggraph.errors import nearest
+from servinggraph.scopes import __file__ as scopes_file, current_scope, without_scope
 
 __all__ = ["ImportProblem", "import_string", "load_object"]
+
+_OURS = (__file__, scopes_file)
 
 
 class ImportProblem(Exception):
@@ -23,7 +26,8 @@ def load_object(target: str, base: Path | None = None) -> Any:
 
     Args:
         target: module and attribute path, apart by a colon.
-        base: folder to look in first, so that `steps.py` beside a graph file is found.
+        base: folder to look in first, so that `steps.py` beside a graph file is found; within a
+            `ModuleScope` its modules are that scope's own.
 
     Raises:
         ImportProblem: no such module, an error while importing it, or no such name in it.
@@ -63,14 +67,20 @@ def _near(word: str, names: list[str]) -> str:
 
 
 def _module(name: str, base: Path | None) -> Any:
+    full = name
     if base is not None:
-        _prefer(base, name)
+        scope = current_scope()
+        if scope is None:
+            _prefer(base, name)
+        else:
+            full = scope.find(name, base) or name
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(full)
     except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
+        missing = error.name and without_scope(error.name)
+        if missing and (name == missing or name.startswith(missing + ".")):
             where = f"{base} and " if base else ""
-            raise ImportProblem(f"there is no module '{error.name}' in {where}the Python path") from error
+            raise ImportProblem(f"there is no module '{missing}' in {where}the Python path") from error
         raise ImportProblem(f"module '{name}' failed to import: {type(error).__name__}: {error}") from error
     except Exception as error:
         raise ImportProblem(f"module '{name}' failed to import: {_where(error)}{type(error).__name__}: {error}") from error
@@ -103,7 +113,7 @@ def _where(error: BaseException) -> str:
     trace = error.__traceback__
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename
-        if not file.startswith("<frozen") and "importlib" not in file and file != __file__:
+        if not file.startswith("<frozen") and "importlib" not in file and file not in _OURS:
             place = f"{file}:{trace.tb_lineno}: "
         trace = trace.tb_next
     return place

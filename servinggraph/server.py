@@ -14,21 +14,16 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from servinggraph.compiler import compile_source
-from servinggraph.errors import GraphInvalid, Problem
 from servinggraph.importing import ImportProblem
 from servinggraph.interfaces import FrontEndOptions
-from servinggraph.lifecycle import Serving
+from servinggraph.lifecycle import RepositorySettings, Serving, read_graphs
 from servinggraph.plan import Plan
 from servinggraph.registry import kinds, load_kind
-from servinggraph.spec import GraphSpec, Source, read_file
 from servinggraph.version import __version__
 
 __all__ = ["CannotServe", "Server", "ServerOptions", "new_event_loop", "read_graphs"]
 
 logger = logging.getLogger("servinggraph.server")
-
-GRAPH_FILES = (".yaml", ".yml")
 
 
 class CannotServe(Exception):
@@ -42,81 +37,27 @@ class ServerOptions(FrontEndOptions):
     http_port: int | Literal["off"] = Field(8080, description="Port for HTTP; 0 takes a free one, off for none.")
     grpc_port: int | Literal["off"] = Field("off", description="Port for gRPC, where a gRPC front end is installed.")
     grace_s: float = Field(30, ge=0, description="On SIGTERM, seconds that requests in flight have to finish.")
+    model_control: Literal["none", "poll", "explicit"] = Field(
+        "none",
+        description="For a folder: none loads all at start, poll follows changes on disk, explicit loads and unloads what it "
+        "is asked for over HTTP or gRPC; whoever may ask can run code.",
+    )
+    repository_poll_s: float = Field(15, gt=0, description="With poll, seconds between two looks at the folder.")
+    load_model: list[str] = Field(
+        default_factory=list, description="With explicit, a graph to load at start; may be given more than once, `*` for all."
+    )
+    max_loaded: int = Field(
+        0, ge=0, description="For a folder: most versions in memory; the least recently used makes room. 0 for no limit."
+    )
+    memory_budget: int = Field(
+        0,
+        ge=0,
+        description="For a folder: most bytes that graphs may take, each by the size of its files or the growth of the process "
+        "while it was loaded, whichever is more (an estimate). 0 for no limit.",
+    )
     shutdown_delay_s: float = Field(
         0, ge=0, description="On SIGTERM, seconds to go on accepting while not ready, so that load balancers notice."
     )
-
-
-def read_graphs(path: Path, overrides: Sequence[str] = (), replace: Any = None) -> list[Plan]:
-    """Compile what `serve` and `check` are given: a graph file, a folder of them, or a bare model.
-
-    Raises:
-        GraphInvalid: with the problems of every file.
-    """
-    if path.is_dir():
-        return _read_folder(path, overrides)
-    if path.suffix == ".onnx":
-        return [_bare_model(path, overrides)]
-    if not path.exists():
-        raise GraphInvalid([Problem(f"there is no file or folder '{path}'")])
-    return [compile_source(read_file(path, overrides), replace)]
-
-
-def _read_folder(path: Path, overrides: Sequence[str]) -> list[Plan]:
-    files = sorted(p for p in path.iterdir() if p.suffix in GRAPH_FILES and p.is_file())
-    files += sorted(p / "graph.yaml" for p in path.iterdir() if (p / "graph.yaml").is_file())
-    # Models beside graph files are those that the graphs name; alone they are what is to be served.
-    files = files or sorted(p for p in path.iterdir() if p.suffix == ".onnx" and p.is_file())
-    if not files:
-        raise GraphInvalid([Problem(f"folder '{path}' holds no graph: expected *.yaml, */graph.yaml or *.onnx")])
-    plans: list[Plan] = []
-    problems: list[Problem] = []
-    for file in files:
-        try:
-            plans.extend(read_graphs(file, overrides))
-        except GraphInvalid as error:
-            problems.extend(error.problems)
-    seen: dict[tuple[str, str], Plan] = {}
-    for plan in plans:
-        other = seen.setdefault((plan.name, plan.version), plan)
-        if other is not plan:
-            text = f"graph '{plan.name}' version {plan.version} is in {other.source}, too"
-            problems.append(Problem(text, file=plan.source))
-    if problems:
-        raise GraphInvalid(problems)
-    return plans
-
-
-def _bare_model(path: Path, overrides: Sequence[str]) -> Plan:
-    """Return a graph of nothing but one model, named as its file; `--set` reaches its node as `model`."""
-    if not path.is_file():
-        raise GraphInvalid([Problem(f"there is no file '{path}'")])
-    from servinggraph.spec.source import read_text
-
-    base = path.resolve().parent
-    text = f"graph: {path.stem}\ninputs: {{}}\nnodes:\n  model: {{step: onnx, path: {path.name!r}}}\nanswer: model\n"
-    source = read_text(text, None, base, overrides)
-    spec = GraphSpec.model_validate(source.document)
-    # The graph's inputs are the model's: made a first time to learn them.
-    signature = _model_signature(spec, source)
-    inputs = {
-        name: {"datatype": tensor.datatype, "shape": list(tensor.shape or ()), "optional": tensor.optional}
-        for name, tensor in signature.items()
-    }
-    source.document["inputs"] = inputs
-    return compile_source(source)
-
-
-def _model_signature(spec: GraphSpec, source: Source) -> dict[str, Any]:
-    from servinggraph.compiler.nodes import NodeCompiler
-
-    problems: list[Problem] = []
-    node = NodeCompiler(source, {}, problems, spec.sequences is not None).node(
-        "model", spec.nodes["model"], ("nodes", "model"), (), None
-    )
-    if node is None:
-        raise GraphInvalid(problems)
-    return dict(node.signature.inputs or {})
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
@@ -145,21 +86,60 @@ def _spare_the_collector() -> None:
     gc.set_threshold(10_000, 20, 50)
 
 
+def _repository_settings(options: ServerOptions, folder: Path | None, overrides: Sequence[str]) -> RepositorySettings:
+    """Return how the repository is kept.
+
+    Raises:
+        CannotServe: an option is for another kind of repository.
+    """
+    control = options.model_control
+    given = {
+        "model-control": control != "none",
+        "load-model": bool(options.load_model),
+        "max-loaded": options.max_loaded > 0,
+        "memory-budget": options.memory_budget > 0,
+    }
+    for name, is_given in given.items():
+        if is_given and folder is None:
+            raise CannotServe(f"--{name} is for a folder of graphs, and what is to be served is none")
+    if options.load_model and control != "explicit":
+        raise CannotServe(f"--load-model goes with --model-control explicit, and not with {control}, which loads all")
+    return RepositorySettings(
+        folder=folder,
+        mode=control,
+        poll_s=options.repository_poll_s,
+        load=options.load_model,
+        overrides=overrides,
+        max_loaded=options.max_loaded,
+        memory_budget=options.memory_budget,
+        max_file_bytes=options.max_body_bytes,
+    )
+
+
 class Server:
     """One server process.
 
     Args:
-        plans: what to serve.
+        plans: what to serve; the repository's graphs join them.
         options: settings.
         announce: called once with the running server, when it is ready.
+        folder: the model repository's folder.
+        overrides: `--set` texts, for every graph file of the folder.
     """
 
-    def __init__(self, plans: Sequence[Plan], options: ServerOptions, announce: Callable[[Server], None]) -> None:
-        self.plans = plans
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        options: ServerOptions,
+        announce: Callable[[Server], None],
+        folder: Path | None = None,
+        overrides: Sequence[str] = (),
+    ) -> None:
+        self.plans = list(plans)
         if not options.server_version:
             options = options.model_copy(update={"server_version": __version__})
         self.options = options
-        self.serving = Serving(options)
+        self.serving = Serving(options, _repository_settings(options, folder, overrides))
         self.front_ends: dict[str, Any] = {}
         self._announce = announce
         self._stop = asyncio.Event()
@@ -193,8 +173,13 @@ class Server:
         grace_s = options.grace_s
         with self._signals():
             try:
-                await self._load()
-                _spare_the_collector()
+                if options.model_control == "none":
+                    await self._load()
+                    _spare_the_collector()
+                else:  # graphs come and go, and what they leave behind has to be collected
+                    _spare_the_collector()
+                    await self._load()
+                self.plans = [graph.plan for graph in self.serving.catalog.graphs()]
                 for protocol, front_end in self.front_ends.items():
                     try:
                         await front_end.start()
@@ -215,12 +200,12 @@ class Server:
                 await asyncio.gather(*(front_end.stop(grace_s) for front_end in self.front_ends.values()))
                 with contextlib.suppress(TimeoutError):
                     # A run on a device that never ends must not keep the process alive.
-                    await asyncio.wait_for(self.serving.catalog.stop(), options.grace_s + 1)
+                    await asyncio.wait_for(self.serving.repository.stop(), options.grace_s + 1)
         logger.info("stopped")
 
     async def _load(self) -> None:
         """Load the graphs; a signal meanwhile ends the process at once."""
-        loading = asyncio.ensure_future(self.serving.catalog.load(self.plans))
+        loading = asyncio.ensure_future(self._load_graphs())
         told = asyncio.ensure_future(self._stop.wait())
         await asyncio.wait({loading, told}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
@@ -232,6 +217,11 @@ class Server:
         # Nothing is served yet, and a load runs in a thread, which nothing can interrupt: an orderly
         # end would wait for it, and the supervisor's patience may be shorter.
         os._exit(0)
+
+    async def _load_graphs(self) -> None:
+        if self.plans:
+            await self.serving.catalog.load(self.plans)
+        await self.serving.repository.start()
 
     def stop(self) -> None:
         """Begin an orderly end."""

@@ -34,9 +34,10 @@ def _server_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 command
             )
             continue
-        shown = field.default if field.default != "" else None
+        many = field.annotation == list[str]
+        shown = None if many or field.default == "" else field.default
         command = click.option(
-            f"--{name.replace('_', '-')}", name, type=kind, default=None,
+            f"--{name.replace('_', '-')}", name, type=kind, default=None, multiple=many,
             help=f"{field.description}" + (f"  [default: {shown}]" if shown is not None else ""),
         )(command)  # fmt: skip
     return command
@@ -58,7 +59,7 @@ def serve(path: Path, overrides: tuple[str, ...], log_level: str, log_format: st
 
     started = time.perf_counter()
     configure_logging(log_level, log_format)
-    given = {name: _port(value) if name.endswith("_port") else value for name, value in settings.items() if value is not None}
+    given = {name: _as_option(name, value) for name, value in settings.items() if value not in (None, ())}
     try:
         options = ServerOptions.model_validate(given)
     except ValidationError as error:
@@ -66,27 +67,33 @@ def serve(path: Path, overrides: tuple[str, ...], log_level: str, log_format: st
         flag = str(first["loc"][0]).replace("_", "-")
         raise click.UsageError(f"--{flag} {first['input']}: {first['msg'].replace('Input should be', 'expected')}") from None
     try:
-        plans = read_graphs(path, overrides)
+        folder = path if path.is_dir() else None
+        plans = [] if folder is not None else read_graphs(path, overrides)
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            runner.run(_run(Server, plans, options, path, started, json_logs=log_format == "json"))
+            announce = _announcement(path, started, json_logs=log_format == "json")
+            runner.run(_run(lambda: Server(plans, options, announce, folder, overrides)))
     except GraphInvalid as error:
         _fail(str(error), f"{len(error.problems)} problem{'s' if len(error.problems) != 1 else ''}: not served")
     except (CannotServe, ServingGraphError) as error:
         _fail(str(error))
 
 
-async def _run(kind: type[Server], plans: list[Plan], options: Any, path: Path, started: float, *, json_logs: bool) -> None:
+async def _run(make: Callable[[], Server]) -> None:
+    await make().run()  # a server is made on its event loop
+
+
+def _announcement(path: Path, started: float, *, json_logs: bool) -> Callable[[Server], None]:
     def announce(server: Server) -> None:
         seconds = time.perf_counter() - started
         if json_logs:
             ports = {name: front_end.port for name, front_end in server.front_ends.items()}
-            graphs = [plan.name for plan in server.plans]
+            graphs = [f"{plan.name}/{plan.version}" for plan in server.plans]
             logging.getLogger("servinggraph").info("serving %s on %s, ready in %.2f s", graphs, ports, seconds)
         else:
             click.echo(_banner(server, path, seconds))
             sys.stdout.flush()
 
-    await kind(plans, options, announce).run()
+    return announce
 
 
 def _banner(server: Server, path: Path, seconds: float) -> str:
@@ -96,13 +103,15 @@ def _banner(server: Server, path: Path, seconds: float) -> str:
         for node in plan.every_node():
             depth = node.name.count(".")
             lines.append(f"    {'  ' * depth}{node.name.rpartition('.')[2]:<{16 - 2 * depth}} {node.work.describe()}")
+    if server.options.model_control != "none":
+        lines.append(f"  {path}: model control {server.options.model_control}, {len(server.plans)} versions loaded")
     lines.append("")
     everywhere = ("0.0.0.0", "::")  # noqa: S104  (compared with, not listened on)
     host = "127.0.0.1" if server.options.host in everywhere else server.options.host
     for name, front_end in server.front_ends.items():
         lines.append(f"  {name.upper()} on {name}://{server.options.host}:{front_end.port}")
     lines.append(f"  ready in {seconds:.2f} s; stop with Ctrl-C")
-    if "http" in server.front_ends:
+    if "http" in server.front_ends and server.plans:
         lines += ["", "  Try it:", "", f"  {_curl(server.plans[0], host, server.front_ends['http'].port)}", ""]
     return "\n".join(lines)
 
@@ -140,8 +149,10 @@ def _curl_body(plan: Plan, url: str) -> str:
     return f"curl -s {url} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
 
 
-def _port(value: str) -> int | str:
-    return int(value) if value.isdigit() else value
+def _as_option(name: str, value: Any) -> Any:
+    if name.endswith("_port"):
+        return int(value) if value.isdigit() else value
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _fail(*lines: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from servinggraph.lifecycle.sequencer import Sequencer
 from servinggraph.plan import Plan
 from servinggraph.tensors import TensorSpec
 
-__all__ = ["Catalog", "ServedGraph"]
+__all__ = ["Catalog", "ServedGraph", "takes_the_same"]
 
 logger = logging.getLogger("servinggraph.lifecycle")
 
@@ -38,6 +38,9 @@ class ServedGraph:
         sequences: keeps the order of its sequences; None where it declares none.
         run: runs one request: the executor's own, or that in its sequence's turn.
         stream: the same for any number of answers.
+        door: None where a request can simply enter. Otherwise gives the graph that the request
+            enters, with the request counted: a graph may have left memory, or been replaced
+            while the request came in.
     """
 
     plan: Plan
@@ -49,6 +52,7 @@ class ServedGraph:
     sequences: Sequencer | None = field(init=False, default=None, repr=False)
     run: Handler = field(init=False, repr=False)
     stream: Callable[[Any, Context], AsyncGenerator[Any, None]] = field(init=False, repr=False)
+    door: Callable[[ServedGraph, Context], Awaitable[ServedGraph]] | None = None
     _idle: asyncio.Event | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -72,11 +76,19 @@ class ServedGraph:
             await self._idle.wait()
 
 
+def takes_the_same(one: Plan, other: Plan) -> bool:
+    """Tell whether a request that was read for one plan can be given to another."""
+    read_by = ("inputs", "outputs", "body", "decoupled", "sequences")
+    return all(getattr(one, name) == getattr(other, name) for name in read_by)
+
+
 class Catalog:
     """All graphs that this process serves.
 
     Attributes:
         draining: True once the server was told to stop: not ready, but still answering.
+        known: names that could be loaded; not found either, but in other words.
+        may_be_empty: True where graphs come and go: then a server without any is ready, too.
     """
 
     def __init__(self, control: Control | None = None) -> None:
@@ -84,6 +96,8 @@ class Catalog:
         self._graphs: dict[str, dict[str, ServedGraph]] = {}
         self._listeners: list[Callable[[], None]] = []
         self.draining = False
+        self.known: frozenset[str] = frozenset()
+        self.may_be_empty = False
 
     def made(self, plan: Plan) -> ServedGraph:
         """Return a graph that is not started yet."""
@@ -120,6 +134,33 @@ class Catalog:
         """Let no sequence start any more, and return once none is under way."""
         sequencers = [graph.sequences for graph in self.graphs() if graph.sequences is not None]
         await asyncio.gather(*(sequencer.end() for sequencer in sequencers))
+
+    def swap(self, add: Sequence[ServedGraph], remove: Sequence[ServedGraph]) -> None:
+        """Serve `add`, whose executors run, in place of `remove`, in one step.
+
+        A request that was on its way to a removed graph enters the one that took its place.
+        What is removed still answers what it has begun; stop its executor once it is `drained`.
+        """
+        for graph in remove:
+            graph.ready = False
+            graph.door = self._successor
+            versions = self._graphs.get(graph.plan.name, {})
+            if versions.get(graph.plan.version) is graph:
+                self._remove(graph)
+        for graph in add:
+            graph.ready = True
+            self._graphs.setdefault(graph.plan.name, {})[graph.plan.version] = graph
+        self._changed()
+
+    async def _successor(self, graph: ServedGraph, context: Context) -> ServedGraph:
+        """Return what took a graph's place, if the request that was read for it fits."""
+        successor = self.get(graph.plan.name, graph.plan.version)
+        if not takes_the_same(graph.plan, successor.plan):
+            raise Unavailable(f"model '{graph.plan.name}' was replaced by one with other tensors while the request came in")
+        if successor.door is not None:
+            return await successor.door(successor, context)
+        successor.requests += 1
+        return successor
 
     async def stop(self) -> None:
         """Stop all graphs: running batches end, what waits is refused, steps are unloaded."""
@@ -160,6 +201,8 @@ class Catalog:
         """
         versions = self._graphs.get(name)
         if versions is None:
+            if name in self.known:
+                raise GraphNotFound(f"Request for unknown model: '{name}' has no available versions")
             raise GraphNotFound(f"Request for unknown model: '{name}' is not found")
         if version:
             graph = versions.get(version)
@@ -179,9 +222,9 @@ class Catalog:
 
     @property
     def ready(self) -> bool:
-        """True when every graph is ready, there is at least one, and the server is not stopping."""
+        """True when every graph is ready, there is one (or `may_be_empty`), and the server is not stopping."""
         graphs = self.graphs()
-        return bool(graphs) and not self.draining and all(graph.ready for graph in graphs)
+        return (bool(graphs) or self.may_be_empty) and not self.draining and all(graph.ready for graph in graphs)
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """Call `listener` now and after every change of what is served."""

@@ -32,8 +32,11 @@ async def infer(graph: ServedGraph, request: InferenceRequest, context: Context)
         Unsupported: the graph is decoupled (`graph.plan.decoupled`): use `stream`.
         ServingGraphError: with the node that failed.
     """
+    if graph.door is None:
+        graph.requests += 1
+    else:
+        graph = await graph.door(graph, context)
     plan = graph.plan
-    graph.requests += 1
     began = perf_counter_ns()
     outputs = None
     if context.trace is not None:
@@ -72,7 +75,11 @@ async def stream(graph: ServedGraph, request: InferenceRequest, context: Context
     if not plan.decoupled:
         yield await infer(graph, request, context)
         return
-    graph.requests += 1
+    if graph.door is None:
+        graph.requests += 1
+    else:
+        graph = await graph.door(graph, context)
+        plan = graph.plan
     progress = StreamProgress(graph.executor.statistics)
     if context.trace is not None:
         context.trace.begin(request.inputs)

@@ -11,6 +11,7 @@ from servinggraph.lifecycle.audit import AuditLog
 from servinggraph.lifecycle.catalog import Catalog
 from servinggraph.lifecycle.control import Control
 from servinggraph.lifecycle.failures import FailureLog
+from servinggraph.lifecycle.repository import Repository, RepositorySettings
 from servinggraph.lifecycle.shared_memory import SharedMemory
 
 __all__ = ["Serving"]
@@ -26,12 +27,18 @@ class Serving:
         admission: slots for requests in flight.
         failures: where failures of graphs are logged.
         memory: shared memory regions of clients.
+        repository: loads graphs into the catalog and out of it.
+
+    Args:
+        options: limits and names.
+        repository: how the repository is kept; by default there is none to load from.
     """
 
-    def __init__(self, options: FrontEndOptions | None = None) -> None:
+    def __init__(self, options: FrontEndOptions | None = None, repository: RepositorySettings | None = None) -> None:
         self.options = options or FrontEndOptions()
         self.control = Control(AuditLog(Path(self.options.audit_log) if self.options.audit_log else None))
         self.catalog = Catalog(self.control)
         self.admission = Admission(self.options.max_in_flight)
         self.memory = SharedMemory(allowed=self.options.allow_client_shm, limit=self.options.max_shm_regions)
         self.failures = FailureLog(asyncio.get_running_loop().time)
+        self.repository = Repository(self.catalog, repository)

@@ -144,7 +144,7 @@ def test_logs_can_be_json(folder):
     try:
         entry = json.loads(done.stderr.readline())
         assert "info" == entry["level"]
-        assert "serving ['echo']" in entry["message"]
+        assert "serving ['echo/1']" in entry["message"]
     finally:
         done.kill()
         done.communicate()

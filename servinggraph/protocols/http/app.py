@@ -20,6 +20,7 @@ from servinggraph.protocols.http.endpoints import (
     generate,
     health,
     invocations,
+    repository,
     shared_memory,
     statistics,
 )
@@ -35,6 +36,7 @@ _PARTS = (
     health,
     generate,
     invocations,
+    repository,
     shared_memory,
     feedback,
     admin,

@@ -117,6 +117,8 @@ class Exchange(ABC, Generic[AnswerT]):
             return
         try:
             body = await self.read_body(receive, headers)
+            if not graph.ready:
+                graph = self._found_again(scope, graph)
             self._departures.expect(task, receive)
             encoded = await self.answer(graph, body, headers, scope["headers"], context)
             response = self.fields(encoded)
@@ -164,6 +166,13 @@ class Exchange(ABC, Generic[AnswerT]):
         if self._catalog.draining:  # the grace time of a stop is over; uvicorn cancels what still runs
             return Unavailable("the server is shutting down")
         return Cancelled("was cancelled")
+
+    def _found_again(self, scope: Scope, graph: ServedGraph) -> ServedGraph:
+        """Return what took a graph's place while a request's body came in."""
+        found = self.find(scope)
+        if found is None:
+            raise Unavailable(f"Request for unknown model: '{graph.plan.name}' was unloaded")
+        return found
 
     async def read_body(self, receive: Receive, headers: dict[bytes, bytes]) -> bytes:
         """Return a request's body.

@@ -15,6 +15,7 @@ EXTENSIONS: Final = (
     "classification",
     "sequence",
     "sequence(string_id)",
+    "model_repository",
     "schedule_policy",
     "model_configuration",
     "binary_tensor_data",
