@@ -78,7 +78,7 @@ class ServedGraph:
 
 def takes_the_same(one: Plan, other: Plan) -> bool:
     """Tell whether a request that was read for one plan can be given to another."""
-    read_by = ("inputs", "outputs", "body", "decoupled", "sequences")
+    read_by = ("inputs", "outputs", "body", "body_keys", "decoupled", "sequences")
     return all(getattr(one, name) == getattr(other, name) for name in read_by)
 
 

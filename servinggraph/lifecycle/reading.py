@@ -109,7 +109,9 @@ def _bare_model(path: Path, name: str, overrides: Sequence[str]) -> Source:
     spec = GraphSpec.model_validate(source.document)
     # The graph's inputs are the model's: made a first time to learn them.
     problems: list[Problem] = []
-    node = NodeCompiler(source, {}, problems, spec.sequences is not None).node("model", spec.nodes["model"], ("nodes", "model"), (), None)
+    node = NodeCompiler(source, {}, problems, spec.sequences is not None).node(
+        "model", spec.nodes["model"], ("nodes", "model"), (), None
+    )
     if node is None:
         raise GraphInvalid(problems)
     source.document["inputs"] = {

@@ -157,16 +157,18 @@ def test_set_reaches_into_the_file(folder):
 
 
 def test_a_folder_of_graphs_is_served_together_and_clashes_are_refused(folder):
-    (folder / "second").mkdir()
-    (folder / "second" / "graph.yaml").write_text(GRAPH.replace("graph: echo", "graph: other"))
-    (folder / "second" / "cli_test_steps_2.py").write_text("def same(value): return value\n")
-    text = (folder / "second" / "graph.yaml").read_text().replace("cli_test_steps", "cli_test_steps_2")
-    (folder / "second" / "graph.yaml").write_text(text)
+    (folder / "other").mkdir()
+    text = GRAPH.replace("graph: echo", "graph: other")
+    (folder / "other" / "graph.yaml").write_text(text)
+    (folder / "other" / "cli_test_steps.py").write_text("def same(value): return value\n")  # a module of its own
     assert "echo version 1: 1 nodes, fine\nother version 1: 1 nodes, fine\n" == run("check", folder).output
-    (folder / "second" / "graph.yaml").write_text(text.replace("graph: other", "graph: echo"))
+    (folder / "other" / "graph.yaml").write_text(text.replace("graph: other", "graph: echo"))
+    assert "1: 'graph: echo', but a graph is called like its folder, 'other': change one" in run("check", folder).output
+    (folder / "other" / "graph.yaml").write_text(text)
+    (folder / "again.yaml").write_text(GRAPH)
     assert "graph 'echo' version 1 is in" in run("check", folder).output
     (folder / "empty").mkdir()
-    assert "holds no graph: expected *.yaml, */graph.yaml or *.onnx" in run("check", folder / "empty").output
+    assert "holds no graph: expected *.yaml, */graph.yaml, */1/graph.yaml or *.onnx" in run("check", folder / "empty").output
 
 
 def test_a_bare_model_is_served_under_its_file_name(folder):
