@@ -15,7 +15,6 @@ from typing import Any, Final
 
 from servinggraph.context import Context
 from servinggraph.errors import DeadlineExceeded, LoadFailed, ServingGraphError, StepFailed, Unavailable
-from servinggraph.executor import Executor
 from servinggraph.lifecycle.budget import Budget
 from servinggraph.lifecycle.catalog import Catalog, ServedGraph, takes_the_same
 from servinggraph.lifecycle.records import Built, Record, resident_bytes
@@ -150,12 +149,11 @@ class Residence:
         try:
             with scope():
                 plan = await asyncio.to_thread(record.compile)
-                executor = Executor(plan)
-                await executor.start()
+                graph = self.catalog.made(plan)
+                await graph.executor.start()
         except BaseException:
             scope.drop()
             raise
-        graph = ServedGraph(plan, executor)
         if self.budget.limits:
             graph.door = partial(self._enter, record)
         return Built(graph, scope, max(record.file_bytes, resident_bytes() - before))

@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 
 from servinggraph.lifecycle import Serving
-from servinggraph.protocols.grpc.endpoints import health, models
+from servinggraph.protocols.grpc.endpoints import health, models, repository
 from servinggraph.protocols.grpc.infer import ModelInfer
 from servinggraph.protocols.grpc.requests import Requests
 from servinggraph.protocols.grpc.routing import SERVICE, unary
@@ -18,6 +18,7 @@ __all__ = ["Service"]
 _PARTS = (
     health,
     models,
+    repository,
 )
 
 

@@ -223,6 +223,8 @@ class _EventExchange(_Plain):
         failure: ServingGraphError | None = None
         try:
             body = await self.read_body(receive, headers)
+            if not graph.ready:
+                graph = self.find(scope)
             self._departures.expect(task, receive)
             self.check_body(body, headers)
             request, encode = self.read(graph, body, headers)
