@@ -16,6 +16,7 @@ EXTENSIONS: Final = (
     "sequence",
     "sequence(string_id)",
     "model_repository",
+    "model_repository(unload_dependents)",
     "schedule_policy",
     "model_configuration",
     "binary_tensor_data",
