@@ -142,7 +142,17 @@ def set_up(kinds: Iterable[str]) -> dict[str, str]:
 
 
 def _servinggraph(path: Path, server: Server) -> Launch:
-    command = [str(SERVINGGRAPH), "serve", str(path), "--http-port", str(server.port), "--log-level", "warning"]
+    command = [
+        str(SERVINGGRAPH),
+        "serve",
+        str(path),
+        "--http-port",
+        str(server.port),
+        "--grpc-port",
+        "off",
+        "--log-level",
+        "warning",
+    ]
     return Launch(command, {"MODELS": str(MODELS)})
 
 

@@ -141,6 +141,34 @@ class FrontEndOptions(Options):
     max_stream_requests: int = Field(
         64, ge=1, description="Most unanswered requests of one gRPC stream; more are read once one is answered."
     )
+    grpc_max_calls: int = Field(
+        4096, ge=1, description="Most open gRPC calls, streams included; one more is refused with RESOURCE_EXHAUSTED."
+    )
+    grpc_max_connection_calls: int = Field(
+        1024, ge=1, description="Most open gRPC calls of one connection; its client keeps more waiting."
+    )
+    grpc_compression: Literal["none", "low", "medium", "high"] = Field(
+        "none", description="How much gRPC answers are compressed for clients that take it; requests may always be compressed."
+    )
+    grpc_tls_cert: str = Field("", description="File with the gRPC server's certificate chain (PEM); turns TLS on.")
+    grpc_tls_key: str = Field("", description="File with the certificate's private key (PEM).")
+    grpc_tls_client_ca: str = Field(
+        "", description="File with root certificates (PEM): only clients with a certificate from one of them are served."
+    )
+    grpc_keepalive_time_ms: int = Field(
+        7_200_000, ge=1000, description="Time after which a silent gRPC connection is asked whether it still lives."
+    )
+    grpc_keepalive_timeout_ms: int = Field(20_000, ge=1, description="Time that a connection has to answer that.")
+    grpc_keepalive_without_calls: bool = Field(False, description="Ask connections without a call, too.")
+    grpc_max_pings_without_data: int = Field(
+        2, ge=0, description="Most such questions while nothing is sent; 0 for any number."
+    )
+    grpc_min_ping_interval_ms: int = Field(300_000, ge=0, description="Shortest time between such questions of a client.")
+    grpc_max_ping_strikes: int = Field(
+        2, ge=0, description="How often a client may ask more often before it is disconnected; 0 for any number."
+    )
+    grpc_max_connection_age_ms: int = Field(0, ge=0, description="Time after which a connection is closed; 0 for never.")
+    grpc_max_connection_age_grace_ms: int = Field(0, ge=0, description="Time that its calls then have to end; 0 for any.")
     allow_client_shm: bool = Field(
         False,
         description="Let clients register shared memory regions. Only for clients that are trusted with all shared memory "

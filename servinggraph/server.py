@@ -10,7 +10,7 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field
 
@@ -18,12 +18,15 @@ from servinggraph.importing import ImportProblem
 from servinggraph.interfaces import FrontEndOptions
 from servinggraph.lifecycle import RepositorySettings, Serving, read_graphs
 from servinggraph.plan import Plan
-from servinggraph.registry import kinds, load_kind
+from servinggraph.registry import load_kind
 from servinggraph.version import __version__
 
 __all__ = ["CannotServe", "Server", "ServerOptions", "new_event_loop", "read_graphs"]
 
 logger = logging.getLogger("servinggraph.server")
+
+
+GRPC_PORT: Final = 8081
 
 
 class CannotServe(Exception):
@@ -35,7 +38,10 @@ class ServerOptions(FrontEndOptions):
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
     http_port: int | Literal["off"] = Field(8080, description="Port for HTTP; 0 takes a free one, off for none.")
-    grpc_port: int | Literal["off"] = Field("off", description="Port for gRPC, where a gRPC front end is installed.")
+    grpc_port: int | Literal["off"] | None = Field(
+        None,
+        description="Port for gRPC; 0 takes a free one, off for none. By default 8081 where the extra `grpc` is installed.",
+    )
     grace_s: float = Field(30, ge=0, description="On SIGTERM, seconds that requests in flight have to finish.")
     model_control: Literal["none", "poll", "explicit"] = Field(
         "none",
@@ -152,22 +158,11 @@ class Server:
             ServingGraphError: a graph failed to load.
         """
         options = self.options
-        for protocol in ("http", "grpc"):
-            port = getattr(options, f"{protocol}_port")
-            if port == "off":
-                continue
-            if protocol not in kinds("protocols"):
-                have = ", ".join(kinds("protocols"))
-                raise CannotServe(f"--{protocol}-port {port}: no {protocol} front end is installed; there is {have}")
-            try:
-                front_end = load_kind("protocols", protocol)(self.serving, options.host, port)
-            except ImportProblem as error:
-                raise CannotServe(f"--{protocol}-port {port}: {error}") from None
-            try:
-                front_end.bind()
-            except OSError as error:
-                raise _cannot_listen(options.host, port, protocol, error) from None
-            self.front_ends[protocol] = front_end
+        try:
+            self._bind()
+        except BaseException:
+            await asyncio.gather(*(front_end.stop(0) for front_end in self.front_ends.values()))
+            raise
         if not self.front_ends:
             raise CannotServe("every front end is off: there would be no way to reach a graph")
         grace_s = options.grace_s
@@ -202,6 +197,29 @@ class Server:
                     # A run on a device that never ends must not keep the process alive.
                     await asyncio.wait_for(self.serving.repository.stop(), options.grace_s + 1)
         logger.info("stopped")
+
+    def _bind(self) -> None:
+        for protocol in ("http", "grpc"):
+            front_end = self._front_end(protocol, getattr(self.options, f"{protocol}_port"))
+            if front_end is None:
+                continue
+            try:
+                front_end.bind()
+            except OSError as error:
+                raise _cannot_listen(self.options.host, front_end.port, protocol, error) from None
+            self.front_ends[protocol] = front_end
+
+    def _front_end(self, protocol: str, port: int | str | None) -> Any:
+        """Return a front end, None where it is off, or not installed and nobody asked for it."""
+        if port == "off":
+            return None
+        try:
+            return load_kind("protocols", protocol)(self.serving, self.options.host, GRPC_PORT if port is None else port)
+        except ImportProblem as error:
+            if port is None:
+                logger.info("no %s front end: %s", protocol, error)
+                return None
+            raise CannotServe(f"--{protocol}-port {port}: {error}") from None
 
     async def _load(self) -> None:
         """Load the graphs; a signal meanwhile ends the process at once."""

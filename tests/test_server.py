@@ -7,8 +7,10 @@ import socket
 
 import pytest
 
+import servinggraph.server as server_module
 from servinggraph import Graph
 from servinggraph.errors import GraphInvalid, StepFailed
+from servinggraph.importing import ImportProblem
 from servinggraph.server import CannotServe, Server, ServerOptions, new_event_loop, read_graphs
 
 GRAPH = "graph: {name}\nversion: {version}\ninputs: {{x: {{datatype: FP32, shape: [-1]}}}}\nnodes:\n  n: {{step: python, call: 'copy:copy'}}\nanswer: n\n"
@@ -113,3 +115,59 @@ def test_a_path_that_holds_no_graph_is_refused(tmp_path, name):
 def test_unknown_options_are_refused():
     with pytest.raises(ValueError, match="max_inflight"):
         ServerOptions(max_inflight=3)
+
+
+def test_grpc_is_served_without_being_asked_for(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr("servinggraph.server.GRPC_PORT", port)
+
+    server = serve(a_plan(), grpc_port=None)
+
+    assert ["http", "grpc"] == list(server.front_ends)
+    assert port == server.front_ends["grpc"].port
+
+
+def test_a_front_end_that_is_not_installed_is_missed_only_where_it_was_asked_for(monkeypatch):
+    def load_kind(group, name):
+        if name == "grpc":
+            raise ImportProblem("module 'grpc' cannot be imported: pip install 'servinggraph[grpc]'")
+        return load(group, name)
+
+    load = server_module.load_kind
+    monkeypatch.setattr(server_module, "load_kind", load_kind)
+
+    assert ["http"] == list(serve(a_plan(), grpc_port=None).front_ends)
+    with pytest.raises(CannotServe, match=r"^--grpc-port 8081: module 'grpc' .*pip install 'servinggraph\[grpc\]'$"):
+        serve(a_plan(), grpc_port=8081)
+
+
+def test_a_grpc_port_in_use_is_said_in_one_sentence():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        text = f"^cannot listen on 127.0.0.1 port {port} .grpc.: Address already in use; choose another with --grpc-port$"
+        with pytest.raises(CannotServe, match=text):
+            serve(a_plan(), grpc_port=port)
+
+
+def test_two_servers_do_not_share_a_grpc_port():
+    def announce(first):
+        async def second():
+            try:
+                await Server(
+                    [a_plan()], ServerOptions(http_port="off", grpc_port=first.front_ends["grpc"].port), Server.stop
+                ).run()
+            except CannotServe as error:
+                seen.append(str(error))
+            finally:
+                first.stop()
+
+        tasks.append(asyncio.ensure_future(second()))
+
+    seen, tasks = [], []
+    serve(a_plan(), grpc_port=0, announce=announce)
+
+    assert "Address already in use" in seen[0]

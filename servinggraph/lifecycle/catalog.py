@@ -95,7 +95,7 @@ class Catalog:
         self._control = control or Control()
         self._graphs: dict[str, dict[str, ServedGraph]] = {}
         self._listeners: list[Callable[[], None]] = []
-        self.draining = False
+        self._draining = False
         self.known: frozenset[str] = frozenset()
         self.may_be_empty = False
 
@@ -103,6 +103,16 @@ class Catalog:
         """Return a graph that is not started yet."""
         seats = self._control.seats_of(plan)
         return ServedGraph(plan, Executor(plan, seats), {seat.router.name: seat for seat in seats})
+
+    @property
+    def draining(self) -> bool:
+        """True once the server was told to stop; listeners are told of it."""
+        return self._draining
+
+    @draining.setter
+    def draining(self, draining: bool) -> None:
+        self._draining = draining
+        self._changed()
 
     async def load(self, plans: Sequence[Plan]) -> None:
         """Load graphs side by side and serve them.

@@ -63,7 +63,7 @@ class Served:
 
 
 def test_serve_prints_what_where_and_a_curl_line_that_works(folder):
-    with Served("graph.yaml", "--http-port", "0") as served:
+    with Served("graph.yaml", "--http-port", "0", "--grpc-port", "off") as served:
         assert "echo  version 1  (graph.yaml)" in served.banner
         assert re.search(r"same +python cli_test_steps:same \(inline\)", served.banner)
         assert re.search(r"HTTP on http://127.0.0.1:\d+", served.banner)
@@ -75,7 +75,7 @@ def test_serve_prints_what_where_and_a_curl_line_that_works(folder):
 
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_with_0(folder, name):
-    with Served("graph.yaml", "--http-port", "0") as served:
+    with Served("graph.yaml", "--http-port", "0", "--grpc-port", "off") as served:
         served.process.send_signal(name)
         assert 0 == served.process.wait(20)
 
@@ -93,7 +93,7 @@ def test_a_port_in_use_is_one_sentence(folder):
         taken.listen()
         port = taken.getsockname()[1]
         assert f"cannot listen on 127.0.0.1 port {port} (http): Address already in use" in fails(
-            "serve", "graph.yaml", "--http-port", port, "--log-level", "error"
+            "serve", "graph.yaml", "--http-port", port, "--grpc-port", "off", "--log-level", "error"
         )
 
 
@@ -113,7 +113,9 @@ def test_a_step_that_fails_to_load_is_one_sentence(folder):
     (folder / "cli_test_steps.py").write_text(
         "class same:\n    def load(self): raise OSError('no weights')\n    def __call__(self, value): return value\n"
     )
-    assert "node 'same': failed to load: OSError: no weights" in fails("serve", "graph.yaml", "--http-port", "0")
+    assert "node 'same': failed to load: OSError: no weights" in fails(
+        "serve", "graph.yaml", "--http-port", "0", "--grpc-port", "off"
+    )
 
 
 def test_an_option_out_of_range_names_the_option(folder):
@@ -134,12 +136,14 @@ def test_a_front_end_that_is_not_installed_is_said(folder):
 
 
 def test_no_front_end_at_all_is_refused(folder):
-    assert "every front end is off" in fails("serve", "graph.yaml", "--http-port", "off")
+    assert "every front end is off" in fails("serve", "graph.yaml", "--http-port", "off", "--grpc-port", "off")
 
 
 def test_logs_can_be_json(folder):
     done = subprocess.Popen(
-        [*COMMAND, "serve", "graph.yaml", "--http-port", "0", "--log-format", "json"], stderr=subprocess.PIPE, text=True
+        [*COMMAND, "serve", "graph.yaml", "--http-port", "0", "--grpc-port", "off", "--log-format", "json"],
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         entry = json.loads(done.stderr.readline())
@@ -186,7 +190,7 @@ def test_a_bare_model_is_served_under_its_file_name(folder):
     model.ir_version = 9
     onnx.save(model, "double.onnx")
     assert "double version 1: 1 nodes, fine\n" == run("check", "double.onnx").output
-    with Served("double.onnx", "--http-port", "0", "--set", "nodes.model.batch.max_rows=4") as served:
+    with Served("double.onnx", "--http-port", "0", "--grpc-port", "off", "--set", "nodes.model.batch.max_rows=4") as served:
         assert re.search(r"model +onnx double.onnx on cpu \((inline|thread)\)", served.banner)
     assert "there is no file 'gone.onnx'" in run("check", "gone.onnx").output
 
@@ -236,7 +240,10 @@ def test_a_signal_while_a_graph_loads_ends_it_at_once(folder):
         "    def __call__(self, value): return value\n"
     )
     process = subprocess.Popen(
-        [*COMMAND, "serve", "graph.yaml", "--http-port", "0"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [*COMMAND, "serve", "graph.yaml", "--http-port", "0", "--grpc-port", "off"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         assert "loading\n" == process.stderr.readline()
@@ -248,7 +255,7 @@ def test_a_signal_while_a_graph_loads_ends_it_at_once(folder):
 
 
 def test_connections_are_bounded(folder):
-    with Served("graph.yaml", "--http-port", "0", "--max-connections", "2") as served:
+    with Served("graph.yaml", "--http-port", "0", "--grpc-port", "off", "--max-connections", "2") as served:
         port = int(re.search(r"HTTP on http://127.0.0.1:(\d+)", served.banner)[1])
         address = ("127.0.0.1", port)
         with socket.create_connection(address), socket.create_connection(address), socket.create_connection(address) as third:

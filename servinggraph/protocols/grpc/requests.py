@@ -10,7 +10,7 @@ from servinggraph.context import Context, Headers
 from servinggraph.errors import RequestTooLarge, ServingGraphError, StepFailed
 from servinggraph.lifecycle import ServedGraph, Serving
 from servinggraph.messages import InferenceRequest, InferenceResponse
-from servinggraph.protocols.grpc.codec import MAX_MESSAGE_BYTES, decode_request, encode_response
+from servinggraph.protocols.grpc.codec import decode_request, encode_response
 from servinggraph.protocols.grpc.generated import grpc_service_pb2 as pb
 from servinggraph.protocols.grpc.routing import Call, version_of
 from servinggraph.protocols.grpc.wire import Data, split_request
@@ -18,7 +18,7 @@ from servinggraph.protocols.v2 import RequestLimits
 from servinggraph.protocols.v2.checks import check_takes_tensors
 from servinggraph.protocols.v2.parameters import priority_of, timeout_of
 
-__all__ = ["Request", "Requests", "failure_of", "receive_limit"]
+__all__ = ["Request", "Requests", "failure_of"]
 
 
 class Metadata(Headers):
@@ -148,12 +148,3 @@ def failure_of(error: BaseException, task: asyncio.Task[Any]) -> ServingGraphErr
         failure = StepFailed(f"{type(error).__name__}: {error}")  # a defect of ours: the caller is answered all the same
     failure.__cause__ = error
     return failure
-
-
-def receive_limit(max_body_bytes: int) -> int:
-    """Return the size above which gRPC itself refuses a message.
-
-    It does so without reading it, but says only a number; up to twice the limit is let through to be
-    refused with the limit's name.
-    """
-    return min(2 * max_body_bytes + 4096, MAX_MESSAGE_BYTES)

@@ -17,7 +17,7 @@ from servinggraph.protocols.grpc.status import status_of
 
 logger = logging.getLogger("servinggraph.grpc")
 
-__all__ = ["SERVICE", "Call", "Method", "abort", "parse", "unary", "version_of"]
+__all__ = ["SERVICE", "Call", "Method", "abort", "handler", "parse", "unary", "version_of"]
 
 SERVICE: Final = "inference.GRPCInferenceService"
 
@@ -52,11 +52,14 @@ async def abort(call: Call, error: ServingGraphError) -> NoReturn:
 def unary(methods: Mapping[str, Method]) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
     """Return handlers for RPCs of the service, by their full path."""
     service = pb.DESCRIPTOR.services_by_name[SERVICE.rpartition(".")[2]]
-    return {f"/{SERVICE}/{name}": _handler(name, method, service) for name, method in methods.items()}
+    return {
+        f"/{SERVICE}/{name}": handler(name, method, GetMessageClass(service.methods_by_name[name].input_type))
+        for name, method in methods.items()
+    }
 
 
-def _handler(name: str, method: Method, service: Any) -> grpc.RpcMethodHandler[Any, Any]:
-    kind = GetMessageClass(service.methods_by_name[name].input_type)
+def handler(name: str, method: Method, kind: Any) -> grpc.RpcMethodHandler[Any, Any]:
+    """Return the handler of one RPC; `kind` is the request's message class."""
 
     async def answer(data: bytes, call: Call) -> bytes:
         try:

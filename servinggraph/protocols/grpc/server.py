@@ -11,9 +11,8 @@ from typing import Final
 import grpc
 
 from servinggraph.lifecycle import Serving
-from servinggraph.protocols.grpc.codec import MAX_MESSAGE_BYTES
-from servinggraph.protocols.grpc.requests import receive_limit
 from servinggraph.protocols.grpc.service import Service
+from servinggraph.protocols.grpc.transport import channel_options, credentials
 
 __all__ = ["GrpcFrontEnd"]
 
@@ -34,6 +33,7 @@ class GrpcFrontEnd:
         self._serving = serving
         self._host = host
         self._service: Service
+        self._credentials: grpc.ServerCredentials | None = None
         self._server: grpc.aio.Server | None = None
         self._socket: socket.socket | None = None
         self.port = port
@@ -46,7 +46,9 @@ class GrpcFrontEnd:
 
         Raises:
             OSError: in use, or not allowed.
+            ServingGraphError: the files for TLS cannot be used.
         """
+        self._credentials = credentials(self._serving.options)
         family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
         self._socket = socket.socket(family, socket.SOCK_STREAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -63,16 +65,19 @@ class GrpcFrontEnd:
         Raises:
             OSError: another process was quicker to listen.
         """
+        options = self._serving.options
         self._service = Service(self._serving)
-        options = [
-            ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", receive_limit(self._serving.options.max_body_bytes)),
-            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        ]
-        self._server = grpc.aio.server(handlers=[self._service], options=options)
-        host = f"[{self._host}]" if ":" in self._host else self._host
+        self._server = grpc.aio.server(
+            handlers=[self._service],
+            options=channel_options(options),
+            maximum_concurrent_rpcs=options.grpc_max_calls,
+        )
+        address = f"[{self._host}]:{self.port}" if ":" in self._host else f"{self._host}:{self.port}"
         try:
-            self._server.add_insecure_port(f"{host}:{self.port}")
+            if self._credentials is None:
+                self._server.add_insecure_port(address)
+            else:
+                self._server.add_secure_port(address, self._credentials)
         except RuntimeError:
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)) from None
         await self._server.start()

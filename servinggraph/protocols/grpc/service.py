@@ -11,6 +11,7 @@ from servinggraph.protocols.grpc.endpoints import health, models, repository
 from servinggraph.protocols.grpc.infer import ModelInfer
 from servinggraph.protocols.grpc.requests import Requests
 from servinggraph.protocols.grpc.routing import SERVICE, unary
+from servinggraph.protocols.grpc.standard import Health, reflection_handlers
 from servinggraph.protocols.grpc.stream import ModelStreamInfer
 
 __all__ = ["Service"]
@@ -29,7 +30,8 @@ class Service(grpc.GenericRpcHandler):
     """
 
     def __init__(self, serving: Serving) -> None:
-        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+        self._health = Health(serving)
+        self._handlers = self._health.handlers() | reflection_handlers()
         for part in _PARTS:
             self._handlers |= unary(part.methods(serving))
         self._requests = Requests(serving)
@@ -43,8 +45,9 @@ class Service(grpc.GenericRpcHandler):
         return self._handlers.get(handler_call_details.method)
 
     def drain(self) -> None:
-        """End streams once what is in flight on them is answered."""
+        """End streams and watches once what is in flight on them is answered."""
         self._stream.drain()
+        self._health.drain()
 
     def close(self) -> None:
         """Cancel what is in flight: the time that it had to finish is over."""

@@ -128,7 +128,7 @@ def connect(port: int) -> socket.socket:
 
 @pytest.mark.slow
 def test_sigterm_lets_requests_in_flight_finish_while_not_ready_and_exits_with_0(process):
-    server = process("--http-port", "0", "--shutdown-delay-s", "1")
+    server = process("--http-port", "0", "--grpc-port", "off", "--shutdown-delay-s", "1")
     port = server.port()
     with connect(port) as kept, connect(port) as busy:
         assert (200, b'{"ready":true}') == talk(kept, READY)
@@ -148,7 +148,7 @@ def test_sigterm_lets_requests_in_flight_finish_while_not_ready_and_exits_with_0
 
 @pytest.mark.slow
 def test_requests_that_outlast_the_grace_are_told_so(process):
-    server = process("--http-port", "0", "--grace-s", "0.2")
+    server = process("--http-port", "0", "--grpc-port", "off", "--grace-s", "0.2")
     port = server.port()
     with connect(port) as busy:
         busy.sendall(INFER)
@@ -163,7 +163,7 @@ def test_requests_that_outlast_the_grace_are_told_so(process):
 
 @pytest.mark.slow
 def test_idle_connections_do_not_delay_the_end(process):
-    server = process("--http-port", "0")
+    server = process("--http-port", "0", "--grpc-port", "off")
     port = server.port()
     with connect(port) as used, connect(port) as fresh:
         assert 200 == talk(used, READY)[0]
@@ -180,7 +180,7 @@ def test_a_port_in_use_is_one_sentence_and_a_failure(process):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        server = process("--http-port", str(port))
+        server = process("--http-port", str(port), "--grpc-port", "off")
 
         assert 0 != server.exit_code()
         assert (
