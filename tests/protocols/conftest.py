@@ -15,7 +15,7 @@ import pytest
 
 from servinggraph import Graph
 from servinggraph.interfaces import FrontEndOptions
-from servinggraph.lifecycle import Serving
+from servinggraph.lifecycle import RepositorySettings, Serving
 from servinggraph.protocols.grpc.server import GrpcFrontEnd
 from servinggraph.protocols.http.server import HttpFrontEnd
 from servinggraph.server import new_event_loop
@@ -82,7 +82,10 @@ class LiveServer:
 
     front_end: Callable[[Serving, str, int], Any]
 
-    def __init__(self, graphs: tuple[Graph, ...], options: dict[str, Any]) -> None:
+    def __init__(
+        self, graphs: tuple[Graph, ...], options: dict[str, Any], repository: RepositorySettings | None = None
+    ) -> None:
+        self._repository = repository
         self._plans = [graph.compile() for graph in graphs]
         self._options = FrontEndOptions(**options)
         self._ready = threading.Event()
@@ -106,17 +109,18 @@ class LiveServer:
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        self.serving = Serving(self._options)
+        self.serving = Serving(self._options, self._repository)
         self.catalog, self.admission = self.serving.catalog, self.serving.admission
         front_end = type(self).front_end(self.serving, "127.0.0.1", 0)
         front_end.bind()
         await self.catalog.load(self._plans)
+        await self.serving.repository.start()
         await front_end.start()
         self.port = front_end.port
         self._ready.set()
         await self._stop.wait()
         await front_end.stop(1.0)
-        await self.catalog.stop()
+        await self.serving.repository.stop()
 
     def stop(self) -> None:
         if self._thread.is_alive():
@@ -208,8 +212,8 @@ def grpc_server() -> Iterator[Callable[..., GrpcServer]]:
 
 
 def _starter(stack: ExitStack, kind: type[Any]) -> Callable[..., Any]:
-    def start(*graphs: Graph, **options: Any) -> Any:
-        server = kind(graphs, options)
+    def start(*graphs: Graph, repository: RepositorySettings | None = None, **options: Any) -> Any:
+        server = kind(graphs, options, repository)
         stack.callback(server.stop)
         return server
 
