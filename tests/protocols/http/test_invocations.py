@@ -113,6 +113,25 @@ def test_several_versions_are_one_graph(http_server):
     assert b"2" == server.post("/invocations", b"0", JSON).body
 
 
+def test_a_version_with_tensors_stays_reachable_beside_a_newer_one_with_a_body(http_server):
+    tensors = Graph("g", {"x": ("FP32", [-1])}, version="1")
+    tensors.to(echo).respond()
+    server = http_server(tensors, graph_of(echo, version="2"))
+    request = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1], "data": [1]}]}
+
+    assert 200 == server.post("/v2/models/g/versions/1/infer", request).status
+    assert "POST it to /v2/models/g/invocations" in server.post("/v2/models/g/infer", request).error
+
+
+def test_an_answer_that_nobody_takes_counts_as_a_failure(server):
+    def failures():
+        return server.get("/v2/models/g/stats").json()["model_stats"][0]["inference_stats"]["fail"]["count"]
+
+    before = failures()
+    assert 406 == server.post("/invocations", b"1", {**JSON, "Accept": "image/png"}).status
+    assert before + 1 == failures()
+
+
 def test_a_graph_with_tensors_is_called_by_document_table_and_array(server):
     path = "/v2/models/t/invocations"
 

@@ -115,12 +115,12 @@ class Invocations(Exchange["Answer"]):
         try:
             encoded = encode_answer(answer if plan.body else Body(answer), accept)
             return Answer(encoded, context.id, _parameters(response.parameters))
-        except StepFailed as error:
-            error.at(plan.answer)
-            raise
-        except ServingGraphError:
-            raise
         except Exception as error:  # an answer that cannot be encoded
+            graph.executor.statistics.answer_failed()
+            if isinstance(error, StepFailed):
+                error.at(plan.answer)
+            if isinstance(error, ServingGraphError):
+                raise
             raise StepFailed(f"{type(error).__name__}: {error}").at(plan.answer) from error
 
     def fields(self, answer: Answer) -> list[tuple[bytes, bytes]]:
