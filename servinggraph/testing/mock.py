@@ -22,8 +22,10 @@ from servinggraph.plan import Plan
 from servinggraph.protocols.freeform import decode_body
 from servinggraph.protocols.freeform.body import media_of
 from servinggraph.protocols.freeform.client import encode_body
+from servinggraph.protocols.freeform.documents import decode_json
+from servinggraph.protocols.freeform.media import NDJSON
 from servinggraph.protocols.http.endpoints.generate import InferStream
-from servinggraph.protocols.http.endpoints.invocations import Invocations
+from servinggraph.protocols.http.endpoints.invocations import Invocations, Lines
 from servinggraph.protocols.http.server import make_asgi
 from servinggraph.protocols.v2.checks import check_takes_tensors
 from servinggraph.protocols.v2.client import decode_response, encode_request
@@ -110,6 +112,7 @@ class AsyncMock:
         await catalog.load([self._plan])
         self._asgi = make_asgi(self._serving)
         self._invocations = Invocations(self._serving)
+        self._lines = Lines(self._serving, NDJSON[0])
         self._streams = InferStream(self._serving)
         self._graph = catalog.get(self._plan.name)
 
@@ -247,15 +250,7 @@ class AsyncMock:
         Raises:
             ServingGraphError: what a client would get as an error; `__cause__` is the step's own.
         """
-        data, media = encode_body(body, content_type)
-        sent = dict(headers or {})
-        if media:
-            sent["content-type"] = media
-        if accept:
-            sent["accept"] = accept
-        if timeout_s is not None:
-            sent["x-request-timeout-ms"] = repr(timeout_s * 1e3)
-        raw = [(name.lower().encode("latin-1"), text.encode("latin-1")) for name, text in sent.items()]
+        data, raw = _free_form(body, content_type, accept, headers, timeout_s)
         context = Context()
         self._admission.enter()
         try:
@@ -263,6 +258,30 @@ class AsyncMock:
         finally:
             context.when_idle(self._admission.leave)
         return decode_body(answer.body, media_of(dict(answer.fields)[b"content-type"].decode()))
+
+    async def invoke_stream(
+        self,
+        body: Any = b"",
+        content_type: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[Any, None]:
+        """Send a free-form request, and give the items of its answer one by one, each made when it is asked for.
+
+        Leave it with `aclose` (`contextlib.aclosing`) to be a client that goes away. See `invoke`.
+
+        Raises:
+            ServingGraphError: what a client would get as an error, after the items before it.
+        """
+        data, raw = _free_form(body, content_type, "", headers, timeout_s)
+        context = Context()
+        self._admission.enter()
+        try:
+            async with aclosing(self._lines.events(self._graph, data, dict(raw), raw, context)) as lines:
+                async for line in lines:
+                    yield decode_json(line)
+        finally:
+            context.when_idle(self._admission.leave)
 
     async def request(self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> HttpReply:
         """Send an HTTP request as bytes to the application that `serve` runs, without a socket."""
@@ -318,6 +337,21 @@ class AsyncMock:
         return array
 
 
+def _free_form(
+    body: Any, content_type: str | None, accept: str, headers: Mapping[str, str] | None, timeout_s: float | None
+) -> tuple[bytes, list[tuple[bytes, bytes]]]:
+    """Return a free-form request's body and headers."""
+    data, media = encode_body(body, content_type)
+    sent = dict(headers or {})
+    if media:
+        sent["content-type"] = media
+    if accept:
+        sent["accept"] = accept
+    if timeout_s is not None:
+        sent["x-request-timeout-ms"] = repr(timeout_s * 1e3)
+    return data, [(name.lower().encode("latin-1"), text.encode("latin-1")) for name, text in sent.items()]
+
+
 def _unnested(name: str, given: Any) -> tuple[tuple[int, ...], list[Any]]:
     """Return the shape and the elements of nested sequences.
 
@@ -361,7 +395,13 @@ class SyncMock:
 
     def stream(self, inputs: Mapping[str, Any] | None = None, /, **options: Any) -> Generator[InferenceResponse, None, None]:
         """Send one request, and give its answers one by one; `close` goes away early. See `AsyncMock.stream`."""
-        answers = self._server.stream(inputs, **options)
+        return self._each(self._server.stream(inputs, **options))
+
+    def invoke_stream(self, body: Any = b"", content_type: str | None = None, **options: Any) -> Generator[Any, None, None]:
+        """Send a free-form request, and give the items of its answer one by one; see `AsyncMock.invoke_stream`."""
+        return self._each(self._server.invoke_stream(body, content_type, **options))
+
+    def _each(self, answers: AsyncGenerator[Any, None]) -> Generator[Any, None, None]:
         try:
             while True:
                 try:

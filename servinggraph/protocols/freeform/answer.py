@@ -8,12 +8,13 @@ from typing import Any, Final, NamedTuple
 from servinggraph.errors import NotAcceptable, StepFailed
 from servinggraph.messages import Body
 from servinggraph.protocols.freeform.documents import encode_json
-from servinggraph.protocols.freeform.media import CSV, JSON, MSGPACK, OCTETS, TEXT, kind_of, preferred
+from servinggraph.protocols.freeform.media import CSV, JSON, MSGPACK, NDJSON, OCTETS, SERVER_SENT, TEXT, kind_of, preferred
 from servinggraph.protocols.freeform.packing import encode_msgpack
 from servinggraph.protocols.freeform.table import encode_table
 
-__all__ = ["Encoded", "encode_answer"]
+__all__ = ["Encoded", "encode_answer", "streamed"]
 
+_STREAMS: Final = (*NDJSON, SERVER_SENT)
 _HEADER: Final = re.compile(r"[!-~]+/[ -~]+")
 
 
@@ -61,6 +62,30 @@ def encode_answer(answer: Body, accept: str) -> Encoded:
     if chosen is None:
         raise _none_fits(accept, offers)
     return _encoded(value, chosen)
+
+
+def streamed(accept: str, *, decoupled: bool) -> str | None:
+    """Return in which type answers are streamed; None for one answer.
+
+    Args:
+        accept: value of the Accept header.
+        decoupled: True for a graph that gives any number of answers. It is streamed in any case,
+            by default as lines; any other only where the caller would rather have a stream.
+
+    Raises:
+        NotAcceptable: the caller does not take a stream, and the graph gives nothing else.
+    """
+    if decoupled:
+        chosen = preferred(accept, _STREAMS)
+        if chosen is None:
+            raise NotAcceptable(
+                f"the graph gives any number of answers, as {NDJSON[0]} or {SERVER_SENT}; the request accepts {accept[:200]!r}"
+            )
+        return chosen
+    if "ndjson" not in accept and "jsonl" not in accept and SERVER_SENT not in accept:
+        return None
+    chosen = preferred(accept, (JSON, TEXT, OCTETS, *MSGPACK, CSV, *_STREAMS))
+    return chosen if chosen in _STREAMS else None
 
 
 def _encoded(value: Any, name: str) -> Encoded:

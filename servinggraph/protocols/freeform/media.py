@@ -12,12 +12,27 @@ from typing import Final, Literal, NamedTuple
 
 from servinggraph.errors import UnsupportedType
 
-__all__ = ["CSV", "JSON", "MSGPACK", "OCTETS", "TEXT", "Kind", "Media", "kind_of", "parse_media", "preferred"]
+__all__ = [
+    "CSV",
+    "JSON",
+    "MSGPACK",
+    "NDJSON",
+    "OCTETS",
+    "SERVER_SENT",
+    "TEXT",
+    "Kind",
+    "Media",
+    "kind_of",
+    "parse_media",
+    "preferred",
+]
 
 Kind = Literal["json", "msgpack", "csv", "text", "bytes"]
 
 JSON: Final = "application/json"
 MSGPACK: Final = ("application/msgpack", "application/x-msgpack", "application/vnd.msgpack")
+NDJSON: Final = ("application/x-ndjson", "application/ndjson", "application/jsonl")
+SERVER_SENT: Final = "text/event-stream"
 CSV: Final = "text/csv"
 TEXT: Final = "text/plain"
 OCTETS: Final = "application/octet-stream"

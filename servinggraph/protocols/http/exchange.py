@@ -118,7 +118,7 @@ class Exchange(ABC, Generic[AnswerT]):
         try:
             body = await self.read_body(receive, headers)
             if not graph.ready:
-                graph = self._found_again(scope, graph)
+                graph = self.found_again(scope, graph)
             self._departures.expect(task, receive)
             encoded = await self.answer(graph, body, headers, scope["headers"], context)
             response = self.fields(encoded)
@@ -167,8 +167,12 @@ class Exchange(ABC, Generic[AnswerT]):
             return Unavailable("the server is shutting down")
         return Cancelled("was cancelled")
 
-    def _found_again(self, scope: Scope, graph: ServedGraph) -> ServedGraph:
-        """Return what took a graph's place while a request's body came in."""
+    def found_again(self, scope: Scope, graph: ServedGraph) -> ServedGraph:
+        """Return what took a graph's place while a request's body came in.
+
+        Raises:
+            ServingGraphError: nothing did.
+        """
         found = self.find(scope)
         if found is None:
             raise Unavailable(f"Request for unknown model: '{graph.plan.name}' was unloaded")
