@@ -4,7 +4,7 @@ With pytest the fixtures of `servinggraph.testing.plugin` are there without an i
 """
 
 from servinggraph.testing.clock import ManualClock
-from servinggraph.testing.fakes import FakeModel
+from servinggraph.testing.fakes import FakeModel, FakeStream
 from servinggraph.testing.mock import AsyncMock, HttpReply, MockServer, SyncMock
 
-__all__ = ["AsyncMock", "FakeModel", "HttpReply", "ManualClock", "MockServer", "SyncMock"]
+__all__ = ["AsyncMock", "FakeModel", "FakeStream", "HttpReply", "ManualClock", "MockServer", "SyncMock"]

@@ -1,9 +1,9 @@
-"""Stand-ins for steps: a model that answers as told, at once or late, or fails."""
+"""Stand-ins for steps: a model that answers as told, at once or late, or fails; and one that streams."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from servinggraph.context import Context
 from servinggraph.tensors import row_count
 
-__all__ = ["FakeModel", "constant"]
+__all__ = ["FakeModel", "FakeStream", "constant"]
 
 
 class FakeModel:
@@ -43,6 +43,43 @@ class FakeModel:
         if self._error is not None:
             raise self._error
         return {name: _for_rows(array, value) for name, array in self._outputs.items()}
+
+
+class FakeStream:
+    """A generator step that gives fixed items, one after the other, and remembers how it ended.
+
+    Args:
+        items: what it gives, each a mapping of tensor name to array.
+        delay_s: seconds on the event loop's clock before each.
+        error: raised behind the last item.
+
+    Attributes:
+        calls: the values it was called with, in order.
+        given: items that were given, over all calls.
+        closed: calls that were closed before their end, because the reader left or something failed.
+    """
+
+    def __init__(self, items: Sequence[Mapping[str, Any]], *, delay_s: float = 0, error: BaseException | None = None) -> None:
+        self._items = [{name: np.asarray(array) for name, array in item.items()} for item in items]
+        self._delay_s = delay_s
+        self._error = error
+        self.calls: list[Any] = []
+        self.given = 0
+        self.closed = 0
+
+    async def __call__(self, value: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
+        self.calls.append(value)
+        try:
+            for item in self._items:
+                if self._delay_s:
+                    await asyncio.sleep(self._delay_s)
+                self.given += 1
+                yield dict(item)
+        except BaseException:
+            self.closed += 1
+            raise
+        if self._error is not None:
+            raise self._error
 
 
 def constant(tensors: Mapping[str, Any]) -> Callable[[Any], dict[str, Any]]:

@@ -11,7 +11,7 @@ import pytest
 
 from servinggraph import Graph, InvalidRequest, routers
 from servinggraph.errors import DeadlineExceeded, GraphInvalid, LimitExceeded, NotAcceptable, StepFailed
-from servinggraph.testing import FakeModel
+from servinggraph.testing import FakeModel, FakeStream
 
 X = np.ones((2, 1), np.float32)
 
@@ -246,3 +246,79 @@ def test_a_free_form_request_has_a_deadline_and_a_cause():
 def test_a_graph_with_tensors_takes_documents_as_well():
     with a_graph().mock() as server:
         assert {"y": [[2], [4]]} == server.invoke({"x": [[1], [2]]})
+
+
+NUMBERS = [{"y": [1.0]}, {"y": [2.0]}, {"y": [3.0]}]
+
+
+def test_a_test_without_asyncio_gets_answers_one_by_one():
+    model = FakeStream(NUMBERS)
+    with a_graph(model).mock() as server:
+        answers = server.stream(x=X, id="r")
+        assert 0 == model.given
+        first = next(answers)
+
+        assert (1, 1, [1], "r") == (model.given, server.in_flight, first.outputs["y"].tolist(), first.id)
+        assert [[2], [3]] == [answer.outputs["y"].tolist() for answer in answers]
+        assert (0, 0) == (server.in_flight, model.closed)
+
+
+def test_a_test_without_asyncio_may_leave_a_stream():
+    model = FakeStream(NUMBERS)
+    with a_graph(model).mock() as server:
+        answers = server.stream(x=X)
+        next(answers)
+        answers.close()
+
+        assert (1, 1, 0) == (model.given, model.closed, server.in_flight)
+
+
+def test_an_asyncio_test_gets_answers_one_by_one_and_may_leave():
+    model = FakeStream(NUMBERS)
+
+    async def check():
+        async with a_graph(model).mock() as server:
+            assert 3 == len([answer async for answer in server.stream(x=X)])
+            answers = server.stream({"x": X})
+            await anext(answers)
+            await answers.aclose()
+            assert (4, 1, 0) == (model.given, model.closed, server.in_flight)
+
+    asyncio.run(check())
+
+
+def test_a_stream_that_fails_raises_behind_its_answers():
+    got = []
+    with a_graph(FakeStream(NUMBERS, error=ValueError("broken"))).mock() as server:
+        with pytest.raises(StepFailed, match="node 'model': ValueError: broken") as failure:
+            got.extend(server.stream(x=X))
+        with pytest.raises(InvalidRequest, match="unexpected inference input 'z'"):
+            next(server.stream(x=X, z=np.zeros(1)))
+
+        assert 0 == server.in_flight
+    assert isinstance(failure.value.__cause__, ValueError)
+
+
+def test_a_stream_keeps_its_deadline(manual_clock):
+    model = FakeStream(NUMBERS, delay_s=0.4)
+
+    async def check():
+        async with a_graph(model).mock() as server:
+
+            async def read():
+                return [answer async for answer in server.stream(x=X, timeout_s=1)]
+
+            reading = asyncio.ensure_future(read())
+            await manual_clock.advance(2)
+            assert isinstance(reading.exception(), DeadlineExceeded)
+            assert (2, 1) == (model.given, model.closed)
+
+    manual_clock.run(check())
+
+
+def test_binary_answers_stream_bit_by_bit():
+    items = [{"y": np.array([0.1], np.float16)}, {"y": np.array([b"\xff"], object)}, {"y": np.array([np.nan], "f4")}]
+    with a_graph(FakeStream(items)).mock() as server:
+        half, raw, nan = [answer.outputs["y"] for answer in server.stream(x=X)]
+
+    assert (np.float16(0.1), b"\xff", True) == (half[0], raw[0], bool(np.isnan(nan[0])))
