@@ -14,14 +14,14 @@ from pathlib import Path
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
 from grpc_tools import protoc
 
-FOLDER = Path(__file__).parents[1] / "servinggraph" / "protocols" / "grpc"
+FOLDER = Path(__file__).parents[1] / "servinggraph" / "protocols" / "protobuf"
 NAMES = ("model_config", "grpc_service")  # a file comes after those that it imports
 
 MODULE = '''"""Made from proto/{name}.proto by `make proto`: do not edit."""
 
 from google.protobuf.internal import builder as _builder
 
-from servinggraph.protocols.grpc.generated._pool import POOL
+from servinggraph.protocols.protobuf.generated._pool import POOL
 {imports}
 DESCRIPTOR = POOL.AddSerializedFile(
 {data}
@@ -47,14 +47,16 @@ def generate() -> dict[str, str]:
 
 
 def _stub(text: str) -> str:
-    return text.replace("import model_config_pb2 as", "from servinggraph.protocols.grpc.generated import model_config_pb2 as")
+    return text.replace(
+        "import model_config_pb2 as", "from servinggraph.protocols.protobuf.generated import model_config_pb2 as"
+    )
 
 
 def _module(name: str, file: FileDescriptorProto) -> str:
     # A path of our own, so that two files of one name never meet.
     prefix = "servinggraph/"
     imports = "".join(
-        f"import servinggraph.protocols.grpc.generated.{path[:-6]}_pb2  # noqa: F401\n" for path in file.dependency
+        f"import servinggraph.protocols.protobuf.generated.{path[:-6]}_pb2  # noqa: F401\n" for path in file.dependency
     )
     file.name = prefix + file.name
     file.dependency[:] = [prefix + path for path in file.dependency]

@@ -1,6 +1,6 @@
 """The gRPC front end: service `inference.GRPCInferenceService`, wire-identical with Triton's.
 
-`proto/` holds the contract, `generated/` what `make proto` makes of it. `codec` turns messages into
-requests and back, `infer` and `stream` answer inference, `endpoints/` everything else, one module for
-each part; `service` puts them together and `server` opens the port.
+The contract and the messages are in `protocols/protobuf/`. `infer` and `stream` answer inference,
+`endpoints/` everything else, one module for each part; `service` puts them together and `server`
+opens the port.
 """

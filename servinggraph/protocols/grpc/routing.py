@@ -12,8 +12,8 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 
 from servinggraph.errors import InvalidRequest, ServingGraphError, StepFailed
-from servinggraph.protocols.grpc.generated import grpc_service_pb2 as pb
 from servinggraph.protocols.grpc.status import status_of
+from servinggraph.protocols.protobuf.generated import grpc_service_pb2 as pb
 
 logger = logging.getLogger("servinggraph.grpc")
 

@@ -17,8 +17,8 @@ from grpc_reflection.v1alpha.reflection import aio as reflection
 
 from servinggraph.errors import GraphNotFound, ServingGraphError, Unavailable
 from servinggraph.lifecycle import Serving
-from servinggraph.protocols.grpc.generated import grpc_service_pb2, model_config_pb2
 from servinggraph.protocols.grpc.routing import SERVICE, Call, abort, handler, parse
+from servinggraph.protocols.protobuf.generated import grpc_service_pb2, model_config_pb2
 
 __all__ = ["Health", "reflection_handlers"]
 

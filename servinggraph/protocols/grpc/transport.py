@@ -11,7 +11,7 @@ import grpc
 
 from servinggraph.errors import ServingGraphError
 from servinggraph.interfaces import FrontEndOptions
-from servinggraph.protocols.grpc.codec import MAX_MESSAGE_BYTES
+from servinggraph.protocols.protobuf.codec import MAX_MESSAGE_BYTES
 
 __all__ = ["channel_options", "credentials"]
 

@@ -7,7 +7,7 @@ import tritonclient.grpc.model_config_pb2
 import tritonclient.grpc.service_pb2
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 
-from servinggraph.protocols.grpc.generated import grpc_service_pb2, model_config_pb2
+from servinggraph.protocols.protobuf.generated import grpc_service_pb2, model_config_pb2
 
 ROOT = Path(__file__).parents[3]
 

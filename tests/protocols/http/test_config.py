@@ -110,7 +110,7 @@ def test_what_is_not_there_is_not_found(client, asked):
 def test_the_ensemble_is_one_in_protobuf_too(client):
     from google.protobuf.json_format import ParseDict
 
-    from servinggraph.protocols.grpc.generated import grpc_service_pb2 as pb
+    from servinggraph.protocols.protobuf.generated import grpc_service_pb2 as pb
 
     for model in ("one.graph", "two", "two.a", "fixed"):
         assert model == ParseDict({"config": client.get_model_config(model)}, pb.ModelConfigResponse()).config.name

@@ -7,8 +7,8 @@ from typing import Any
 
 from servinggraph.errors import GraphNotFound, Unavailable
 from servinggraph.lifecycle import Serving
-from servinggraph.protocols.grpc.generated import grpc_service_pb2 as pb
 from servinggraph.protocols.grpc.routing import Method, version_of
+from servinggraph.protocols.protobuf.generated import grpc_service_pb2 as pb
 from servinggraph.protocols.v2 import model_metadata, server_metadata
 
 __all__ = ["methods"]

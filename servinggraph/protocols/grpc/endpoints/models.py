@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from google.protobuf.json_format import ParseDict
 
 from servinggraph.lifecycle import Serving
-from servinggraph.protocols.grpc.generated import grpc_service_pb2 as pb
 from servinggraph.protocols.grpc.routing import Method, version_of
+from servinggraph.protocols.protobuf.generated import grpc_service_pb2 as pb
 from servinggraph.protocols.v2.config import model_config
 from servinggraph.protocols.v2.statistics import model_statistics
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from servinggraph.lifecycle import Serving
-from servinggraph.protocols.grpc.generated import grpc_service_pb2 as pb
 from servinggraph.protocols.grpc.routing import Method
+from servinggraph.protocols.protobuf.generated import grpc_service_pb2 as pb
 
 __all__ = ["methods"]
 

@@ -2,7 +2,7 @@
 
 from google.protobuf.internal import builder as _builder
 
-from servinggraph.protocols.grpc.generated._pool import POOL
+from servinggraph.protocols.protobuf.generated._pool import POOL
 
 DESCRIPTOR = POOL.AddSerializedFile(
     b'\n\x1fservinggraph/model_config.proto\x12\tinfer'

@@ -2,8 +2,8 @@
 
 from google.protobuf.internal import builder as _builder
 
-from servinggraph.protocols.grpc.generated._pool import POOL
-import servinggraph.protocols.grpc.generated.model_config_pb2  # noqa: F401
+from servinggraph.protocols.protobuf.generated._pool import POOL
+import servinggraph.protocols.protobuf.generated.model_config_pb2  # noqa: F401
 
 DESCRIPTOR = POOL.AddSerializedFile(
     b'\n\x1fservinggraph/grpc_service.proto\x12\tinfer'

@@ -11,7 +11,7 @@ from typing import Final
 from google.protobuf.message import DecodeError
 
 from servinggraph.errors import InvalidRequest
-from servinggraph.protocols.grpc.generated import grpc_service_pb2 as pb
+from servinggraph.protocols.protobuf.generated import grpc_service_pb2 as pb
 
 __all__ = ["Data", "field", "split_request", "varint"]
 

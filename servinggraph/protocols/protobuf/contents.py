@@ -8,8 +8,8 @@ from typing import Any, Final
 import numpy as np
 
 from servinggraph.errors import InvalidRequest
-from servinggraph.protocols.grpc.generated import grpc_service_pb2 as pb
-from servinggraph.protocols.grpc.wire import varint
+from servinggraph.protocols.protobuf.generated import grpc_service_pb2 as pb
+from servinggraph.protocols.protobuf.wire import varint
 from servinggraph.tensors import DATATYPES, Array, element_count
 
 __all__ = ["decode_contents"]
