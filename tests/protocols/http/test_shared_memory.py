@@ -59,6 +59,11 @@ def hold(value):
     return {"y": value["x"] * 2}
 
 
+def keep(value):
+    seen.append(value["x"])
+    return {"y": value["x"]}
+
+
 def look(value):
     seen.append(value["x"])
     return {"y": value["x"] + 1}
@@ -69,6 +74,7 @@ def server(shared_server):
     graphs = [Graph(f"echo_{name}", {"x": (name, [-1, -1])}).to(echo).respond() for name in ARRAYS]
     graphs.append(Graph("add", {"a": ("FP32", [-1]), "b": ("FP32", [-1])}).to(add).respond())
     graphs.append(Graph("hold", {"x": ("FP32", [-1])}).to(hold, run="thread").respond())
+    graphs.append(Graph("keep_BOOL", {"x": ("BOOL", [-1])}).to(keep).respond())
     graphs.append(Graph("look", {"x": ("FP32", [-1])}).to(look).respond())
     return shared_server(*graphs, allow_client_shm=True, max_shm_regions=8)
 
@@ -177,6 +183,17 @@ def test_an_input_is_a_read_only_view_of_the_region(client, region):
     shm.set_shared_memory_region(handle, [numbers() * 3])
     assert (numbers() * 3).tolist() == array.tolist()
     seen.clear()
+
+
+def test_a_boolean_that_was_checked_cannot_change_any_more(client, region):
+    handle, key = region(16)
+    handle._mpsm_handle.buf[:2] = b"\1\0"
+    client.register_system_shared_memory("r", key, 16)
+    client.infer("keep_BOOL", [input_in("r", "x", "BOOL", [2], 2)])
+    handle._mpsm_handle.buf[:2] = b"\7\7"
+    assert b"\1\0" == seen.pop().tobytes()
+    status, text = refused(client, "keep_BOOL", [input_in("r", "x", "BOOL", [2], 2)])
+    assert ("400", True) == (status, "neither 0 nor 1" in text), text
 
 
 def test_regions_are_listed_and_unregistered(client, region):
@@ -444,3 +461,35 @@ def test_without_leave_nothing_can_be_registered(http_server, region):
 
 def test_what_can_be_used_is_in_the_metadata(client):
     assert "system_shared_memory" in client.get_server_metadata()["extensions"]
+
+
+GRAPH = """
+graph: double
+inputs: {x: {datatype: FP32, shape: [-1]}}
+nodes: {double: {step: python, call: "double_steps:double"}}
+answer: double
+"""
+
+
+def test_a_server_process_that_ends_leaves_the_object_alone_and_nothing_else_behind(tmp_path, region):
+    (tmp_path / "double_steps.py").write_text('def double(value):\n    return {"y": value["x"] * 2}\n')
+    (tmp_path / "graph.yaml").write_text(GRAPH)
+    handle, key = region(64)
+    shm.set_shared_memory_region(handle, [numbers()])
+    command = ["serve", "graph.yaml", "--http-port", "0", "--grpc-port", "off", "--allow-client-shm"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "servinggraph", *command],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as server:  # fmt: skip
+        assert server.stdout is not None
+        url = next(line.rpartition("//")[2].strip() for line in server.stdout if "HTTP on" in line)
+        with triton.InferenceServerClient(url) as client:
+            client.register_system_shared_memory("r", key, 64)
+            client.infer("double", [input_in("r", "x", "FP32", [4], 16)], outputs=[output_in("r", "y", 16, 32)])
+        server.terminate()
+        _, complaints = server.communicate(timeout=20)
+    assert (0, False) == (server.returncode, "resource_tracker" in complaints), complaints
+    assert Path(f"/dev/shm{key}").exists()
+    got = shm.get_contents_as_numpy(handle, np.float32, [4], 32)
+    assert (numbers() * 2).tolist() == got.tolist()
+    del got
