@@ -146,6 +146,10 @@ class Context:
         """Return a view for a request's turn in a sequence, with a `when_idle` of its own."""
         return _InSequence(self, turn)
 
+    def apart(self) -> Context:
+        """Return a view that tells when the work begun through it has ended, beside the work of the whole request."""
+        return _Apart(self, self.deadline, self.response_parameters)
+
     def begin_work(self) -> None:
         """Note that work has started which cannot be interrupted (a thread, a batch on a device)."""
         self._running += 1
@@ -231,6 +235,28 @@ class _InSequence(_View):
 
     def end_work(self) -> None:
         self._whole.end_work()
+        Context.end_work(self)
+
+    def when_idle(self, release: Callable[[], None]) -> None:
+        Context.when_idle(self, release)
+
+
+class _Apart(_View):
+    """A view whose work is counted by itself as well."""
+
+    __slots__ = ()
+
+    def __init__(self, whole: Context, deadline: float | None, response_parameters: dict[str, ParameterValue]) -> None:
+        super().__init__(whole, deadline, response_parameters)
+        self._running = 0
+        self._on_idle = None
+
+    def begin_work(self) -> None:
+        super().begin_work()
+        self._running += 1
+
+    def end_work(self) -> None:
+        super().end_work()
         Context.end_work(self)
 
     def when_idle(self, release: Callable[[], None]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from servinggraph.interfaces import BatchPolicy, CachePolicy, Router, SequencePolicy, Step
+from servinggraph.policies import Guards
 from servinggraph.tensors import Signature, TensorSpec
 
 __all__ = ["INPUTS", "Plan", "PlanNode"]
@@ -33,6 +34,7 @@ class PlanNode:
         timeout_s: longest time for this node; None without a limit.
         batch: what the graph says of batching; None when it is silent.
         cache: how its answers are kept; None when they are not.
+        guards: retries, circuit breaker, rate limit, places; None without any.
         outputs: declared outputs, checked on every answer; None when nothing is declared.
         signature: what it takes and gives as far as known, names as outside the node.
         streams: True when it gives any number of values, one after the other: a generator.
@@ -49,6 +51,7 @@ class PlanNode:
     timeout_s: float | None = None
     batch: BatchPolicy | bool | None = None
     cache: CachePolicy | None = None
+    guards: Guards | None = None
     outputs: Mapping[str, TensorSpec] | None = None
     signature: Signature = field(default_factory=Signature)
     streams: bool = False

@@ -16,6 +16,7 @@ from servinggraph.errors import GraphInvalid, Problem, nearest
 from servinggraph.importing import ImportProblem
 from servinggraph.interfaces import BatchPolicy, Router, Step
 from servinggraph.plan import PlanNode
+from servinggraph.policies import Guards
 from servinggraph.registry import kinds, load_kind
 from servinggraph.spec import NodeSpec, Source
 from servinggraph.spec.model import COMMON_KEYS, name_problem
@@ -79,6 +80,7 @@ class NodeCompiler:
         if isinstance(work, Step) and work.unbatchable is not None and spec.batch not in (None, False):
             self._report(f"cannot batch: {work.unbatchable}", (*path, "batch"), name)
         self._check_purity(spec, work, path, name)
+        self._check_guards(spec, work, path, name)
         declared = (
             declared_outputs(spec.outputs, self.source, (*path, "outputs"), self.problems, name) if spec.outputs else None
         )
@@ -96,6 +98,7 @@ class NodeCompiler:
             timeout_s=None if spec.timeout_ms is None else spec.timeout_ms / 1e3,
             batch=spec.batch,
             cache=spec.cache,
+            guards=spec.guards,
             outputs=declared,
             signature=Signature(signature.inputs, outputs),
             streams=isinstance(work, Step) and work.streams,
@@ -104,6 +107,18 @@ class NodeCompiler:
 
     def _report(self, message: str, path: KeyPath, node: str) -> None:
         self.problems.append(self.source.problem(message, path, node))
+
+    def _check_guards(self, spec: NodeSpec, work: Step[Any] | Router[Any], path: KeyPath, name: str) -> None:
+        """Report guards on a node that they cannot stand around."""
+        given = [key for key in Guards.model_fields if getattr(spec, key) is not None]
+        if not given:
+            return
+        if isinstance(work, Step) and work.streams:
+            text = f"'{given[0]}' is for nodes with one answer, and this one is a generator: put it on the nodes around"
+            self._report(text, (*path, given[0]), name)
+        elif spec.retry is not None and isinstance(work, Step) and work.keeps_state:
+            text = "'retry' would run a step twice whose state may have changed the first time: catch the failure in the step"
+            self._report(text, (*path, "retry"), name)
 
     def _kind(self, group: str, kind: str, path: KeyPath, name: str) -> Any:
         known = kinds(group)

@@ -17,6 +17,7 @@ from servinggraph.batching import Batcher
 from servinggraph.concurrency import run_until
 from servinggraph.context import Context
 from servinggraph.errors import DeadlineExceeded, ServingGraphError, StepFailed
+from servinggraph.executor.guarding import guarded
 from servinggraph.interfaces import BatchPolicy, Handler, Operation, Router, RowErrors, Step
 from servinggraph.plan import PlanNode
 from servinggraph.statistics import NodeStatistics
@@ -99,6 +100,8 @@ def wrapped(
     """
     if node.outputs is not None:
         operation = _then(operation, _counted(output_check(node.name, node.outputs), statistics))
+    if node.guards is not None:
+        operation = guarded(operation, node.guards, node.name)
     operation = keeping(operation)
     mapping = mapping_of(node)
     if mapping is not None:

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from servinggraph.interfaces import BatchPolicy, CachePolicy, Options, SequencePolicy
+from servinggraph.policies import Guards
 from servinggraph.tensors import DATATYPES, TensorSpec
 
 __all__ = ["COMMON_KEYS", "GraphSpec", "NodeSpec", "Rename", "TensorModel", "name_problem"]
@@ -60,7 +61,7 @@ class Rename(Options):
         return self
 
 
-class NodeSpec(Options):
+class NodeSpec(Guards):
     """One node or branch: what every kind has, and in `model_extra` what its kind adds."""
 
     model_config = ConfigDict(extra="allow")
@@ -88,6 +89,11 @@ class NodeSpec(Options):
         None, description="Keep the node's answers and give them again; for nodes with `pure: true`."
     )
     branches: dict[str, NodeSpec] | None = Field(None, description="Branches of a router, by name.")
+
+    @property
+    def guards(self) -> Guards | None:
+        """Its guards; None without any."""
+        return Guards(**{key: getattr(self, key) for key in Guards.model_fields}) if self.is_needed else None
 
     @property
     def extra(self) -> dict[str, Any]:
