@@ -196,6 +196,7 @@ class Server:
                 with contextlib.suppress(TimeoutError):
                     # A run on a device that never ends must not keep the process alive.
                     await asyncio.wait_for(self.serving.repository.stop(), options.grace_s + 1)
+                await self.serving.close()
         logger.info("stopped")
 
     def _bind(self) -> None:

@@ -83,6 +83,9 @@ class FrontEndOptions(Options):
     """Limits and names that all front ends share."""
 
     server_name: str = Field("servinggraph", description="Name in the server metadata.")
+    trace_file: str = Field(
+        "", description="File for traces, which the trace settings switch on; by default they go to the log."
+    )
     server_version: str = Field("", description="Version in the server metadata; by default this package's.")
     invocations: str = Field(
         "", description="Graph that `POST /invocations` is for, where the header X-Graph names none; by default the only one."

@@ -31,29 +31,41 @@ class Trace:
     """What happened to one request.
 
     Args:
-        number: identifies the trace; nodes get numbers after it.
-        new_number: gives further numbers.
-        tensors: True when tensors are recorded as well as moments.
-        finish: takes the finished trace.
+        model: the graph.
+        version: its version.
+        new_number: gives numbers to identify the trace and those of its nodes by.
+        timestamps: whether moments are recorded.
+        tensors: whether tensors are recorded.
+        collect: takes the finished trace as Triton writes it: an object for who it is about, and
+            one for each thing recorded.
     """
 
-    __slots__ = ("_finish", "_new_number", "_nodes", "entries", "number", "stamps", "tensors")
+    __slots__ = ("_collect", "_entries", "_model", "_new_number", "_nodes", "_number", "_stamps", "_tensors", "_version")
 
     def __init__(
-        self, number: int, new_number: Callable[[], int], *, timestamps: bool, tensors: bool, finish: Callable[[Trace], None]
+        self,
+        model: str,
+        version: str,
+        new_number: Callable[[], int],
+        collect: Callable[[list[dict[str, Any]]], None],
+        *,
+        timestamps: bool,
+        tensors: bool,
     ) -> None:
-        self.number = number
-        self.stamps: list[tuple[str, int]] | None = [] if timestamps else None
-        self.tensors = tensors
-        self.entries: list[dict[str, Any]] = []
+        self._model = model
+        self._version = int(version)
+        self._number = new_number()
         self._new_number = new_number
+        self._collect = collect
+        self._stamps: list[tuple[str, int]] | None = [] if timestamps else None
+        self._tensors = tensors
+        self._entries: list[dict[str, Any]] = []
         self._nodes = 0
-        self._finish = finish
 
     def stamp(self, name: str) -> None:
         """Record that something happens to the request now."""
-        if self.stamps is not None:
-            self.stamps.append((name, perf_counter_ns()))
+        if self._stamps is not None:
+            self._stamps.append((name, perf_counter_ns()))
 
     def begin(self, inputs: Mapping[str, Any]) -> None:
         """Record that the graph begins with the request."""
@@ -73,42 +85,35 @@ class Trace:
 
     def node(self, name: str, stamps: Iterable[tuple[str, int]]) -> None:
         """Record what happened in a node, and when."""
-        if self._nodes >= _MOST_NODES or self.stamps is None:
+        if self._nodes >= _MOST_NODES or self._stamps is None:
             return
         self._nodes += 1
         number = self._new_number()
-        self.entries.append({"id": number, "model_name": name, "parent_id": self.number})
-        self.entries.append({"id": number, "timestamps": _timestamps(stamps)})
+        # A batcher of whole requests bears the graph's name.
+        model = name if name == self._model else f"{self._model}.{name}"
+        entry = {"id": number, "model_name": model, "model_version": self._version, "parent_id": self._number}
+        self._entries.append(entry)
+        self._entries.append({"id": number, "timestamps": _timestamps(stamps)})
 
     def values(self, activity: str, tensors: Mapping[str, Any]) -> None:
         """Record tensors, each with no more than its first elements; free-form bodies are left out."""
-        if not self.tensors or not isinstance(tensors, Mapping):
+        if not self._tensors or not isinstance(tensors, Mapping):
             return
         for name, tensor in tensors.items():
             array = np.asarray(tensor)
             shown = ",".join(_shown(item) for item in array.reshape(-1)[:_MOST_ELEMENTS].tolist())
             shape = ",".join(map(str, array.shape))
             entry = {"name": name, "data": shown, "shape": shape, "dtype": str(array.dtype)}
-            self.entries.append({"id": self.number, "activity": activity, "tensor": entry})
+            self._entries.append({"id": self._number, "activity": activity, "tensor": entry})
 
-    def finish(self) -> None:
-        """Hand the trace over; nothing more may be recorded."""
-        self._finish(self)
-
-    def document(self, model: str, version: str, request_id: str) -> list[dict[str, Any]]:
-        """Return the trace as Triton writes it, one object for who it is about and one for each thing recorded."""
-        about: dict[str, Any] = {"id": self.number, "model_name": model, "model_version": int(version)}
+    def finish(self, request_id: str, ending: str) -> None:
+        """Record what happens last, and hand the trace over; nothing more may be recorded."""
+        self.stamp(ending)
+        about: dict[str, Any] = {"id": self._number, "model_name": self._model, "model_version": self._version}
         if request_id:
             about["request_id"] = request_id
-        entries = [about]
-        if self.stamps is not None:
-            entries.append({"id": self.number, "timestamps": _timestamps(self.stamps)})
-        for entry in self.entries:
-            if "model_name" in entry:
-                name = entry["model_name"]  # a batcher of whole requests bears the graph's name
-                entry = {**entry, "model_name": model if name == model else f"{model}.{name}", "model_version": int(version)}
-            entries.append(entry)
-        return entries
+        stamps = [] if self._stamps is None else [{"id": self._number, "timestamps": _timestamps(self._stamps)}]
+        self._collect([about, *stamps, *self._entries])
 
 
 def trace_alone(trace: Trace, node: str, began: int, ended: int) -> None:

@@ -10,7 +10,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from servinggraph import Context, Graph, InvalidRequest, RowErrors, routers
+from servinggraph.errors import StepFailed
 from servinggraph.executor import Executor
+from servinggraph.lifecycle import stream
+from servinggraph.messages import InferenceRequest
 from servinggraph.statistics import MOST_RESPONSES, NodeStatistics
 
 INPUTS = {"x": ("FP32", [-1])}
@@ -230,3 +233,35 @@ def test_answers_of_a_decoupled_node_are_told_apart_up_to_a_bound():
     stats = node.report()["response_stats"]
     assert MOST_RESPONSES == len(stats)
     assert [1, 2, 1] == [stats[key]["success"]["count"] for key in ("0", "1", str(MOST_RESPONSES - 1))]
+
+
+@pytest.mark.parametrize("how", ["fails", "closed", "cancelled"])
+def test_a_stream_that_does_not_come_to_its_end_is_a_failure(how, run):
+    async def check():
+        def count(value):
+            yield {"x": value["x"]}
+            if how == "fails":
+                raise RuntimeError("broken")
+            yield {"x": value["x"]}
+
+        graph = Graph("g", INPUTS).to(count, name="n").respond()
+        async with graph.mock() as server:
+            served = server.serving.catalog.get("g")
+            answers = stream(served, InferenceRequest(x(1)), Context())
+            await anext(answers)
+            if how == "fails":
+                with pytest.raises(StepFailed):
+                    await anext(answers)
+            elif how == "cancelled":
+                with pytest.raises(asyncio.CancelledError):
+                    await answers.athrow(asyncio.CancelledError())
+            await answers.aclose()
+            report = served.executor.statistics.report()
+            check_invariants(report)
+            assert (0, 1) == counts(report)
+            kind = "fail" if how == "fails" else "cancel"
+            assert [1, 1] == [report["response_stats"][key][what]["count"] for key, what in (("0", "success"), ("1", kind))]
+            if how == "fails":
+                assert (0, 1) == counts(served.executor.statistics.nodes["n"].report())
+
+    run(check())

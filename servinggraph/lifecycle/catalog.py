@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from servinggraph.context import Context
 from servinggraph.errors import GraphNotFound, Unavailable
@@ -17,6 +17,9 @@ from servinggraph.lifecycle.control import Control, RouterSeat
 from servinggraph.lifecycle.sequencer import Sequencer
 from servinggraph.plan import Plan
 from servinggraph.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from servinggraph.lifecycle.tracing import Tracer
 
 __all__ = ["Catalog", "ServedGraph", "takes_the_same"]
 
@@ -33,6 +36,7 @@ class ServedGraph:
         seats: its routers by node name, to be read and changed while it serves.
         ready: True from the end of a successful load to the beginning of the stop.
         requests: requests that it answers now.
+        tracer: picks requests to trace; None while none is to be traced.
         finish: makes the answer of what the last node gave: tensors, or a `Body` where the graph
             takes one.
         sequences: keeps the order of its sequences; None where it declares none.
@@ -48,6 +52,7 @@ class ServedGraph:
     seats: Mapping[str, RouterSeat] = field(default_factory=dict)
     ready: bool = False
     requests: int = 0
+    tracer: Tracer | None = field(default=None, repr=False)
     finish: Callable[[Any, Mapping[str, TensorSpec] | None, str], Any] = field(init=False, repr=False)
     sequences: Sequencer | None = field(init=False, default=None, repr=False)
     run: Handler = field(init=False, repr=False)

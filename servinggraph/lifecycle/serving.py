@@ -11,8 +11,11 @@ from servinggraph.lifecycle.audit import AuditLog
 from servinggraph.lifecycle.catalog import Catalog
 from servinggraph.lifecycle.control import Control
 from servinggraph.lifecycle.failures import FailureLog
+from servinggraph.lifecycle.logs import LogSettings
 from servinggraph.lifecycle.repository import Repository, RepositorySettings
 from servinggraph.lifecycle.shared_memory import SharedMemory
+from servinggraph.lifecycle.traces import TraceSink
+from servinggraph.lifecycle.tracing import Tracing
 
 __all__ = ["Serving"]
 
@@ -27,6 +30,8 @@ class Serving:
         admission: slots for requests in flight.
         failures: where failures of graphs are logged.
         memory: shared memory regions of clients.
+        tracing: which requests are traced.
+        logs: what is logged.
         repository: loads graphs into the catalog and out of it.
 
     Args:
@@ -42,3 +47,10 @@ class Serving:
         self.memory = SharedMemory(allowed=self.options.allow_client_shm, limit=self.options.max_shm_regions)
         self.failures = FailureLog(asyncio.get_running_loop().time)
         self.repository = Repository(self.catalog, repository)
+        self.tracing = Tracing(self.catalog, TraceSink(self.options.trace_file))
+        self.logs = LogSettings()
+
+    async def close(self) -> None:
+        """Write what is still to be written, and undo what settings changed in the process; the graphs have stopped."""
+        await self.tracing.flush()
+        self.logs.close()

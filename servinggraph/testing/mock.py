@@ -119,6 +119,12 @@ class AsyncMock:
     async def stop(self) -> None:
         """Unload the graph."""
         await self._serving.catalog.stop()
+        await self._serving.close()
+
+    @property
+    def serving(self) -> Serving:
+        """The state that the front ends of a server share."""
+        return self._serving
 
     @property
     def in_flight(self) -> int:

@@ -121,6 +121,7 @@ class LiveServer:
         await self._stop.wait()
         await front_end.stop(1.0)
         await self.serving.repository.stop()
+        await self.serving.close()
 
     def stop(self) -> None:
         if self._thread.is_alive():

@@ -44,6 +44,8 @@ class ModelInfer:
         self._tasks.add(task)
         try:
             request = requests.decode(*requests.split(data), call, context)
+            if request.graph.tracer is not None:
+                request.graph.tracer.pick(request.graph, context, "GRPC_WAITREAD_END")
             if request.decoupled:
                 raise Unsupported(
                     f"ModelInfer RPC doesn't support models with decoupled transaction policy: '{context.graph}' gives any "
@@ -60,6 +62,8 @@ class ModelInfer:
         finally:
             self._tasks.discard(task)
             context.when_idle(self._admission.leave)
+            if context.trace is not None:  # the bytes go out after this, where nothing can be seen
+                context.trace.finish(context.id, "GRPC_SEND_START")
         requests.report(failure, context)
         return await abort(call, failure)
 

@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 
 from servinggraph.lifecycle import Serving
-from servinggraph.protocols.grpc.endpoints import health, models, repository, shared_memory
+from servinggraph.protocols.grpc.endpoints import health, models, repository, settings, shared_memory
 from servinggraph.protocols.grpc.infer import ModelInfer
 from servinggraph.protocols.grpc.requests import Requests
 from servinggraph.protocols.grpc.routing import SERVICE, unary
@@ -21,6 +21,7 @@ _PARTS = (
     models,
     repository,
     shared_memory,
+    settings,
 )
 
 

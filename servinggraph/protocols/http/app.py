@@ -21,6 +21,7 @@ from servinggraph.protocols.http.endpoints import (
     health,
     invocations,
     repository,
+    settings,
     shared_memory,
     statistics,
 )
@@ -37,6 +38,7 @@ _PARTS = (
     generate,
     invocations,
     repository,
+    settings,
     shared_memory,
     feedback,
     admin,

@@ -115,8 +115,12 @@ class Exchange(ABC, Generic[AnswerT]):
         except ServingGraphError as error:
             await send_whole(send, *error_response(error))
             return
+        if graph.tracer is not None:
+            graph.tracer.pick(graph, context, "HTTP_RECV_START")
         try:
             body = await self.read_body(receive, headers)
+            if context.trace is not None:
+                context.trace.stamp("HTTP_RECV_END")
             if not graph.ready:
                 graph = self.found_again(scope, graph)
             self._departures.expect(task, receive)
@@ -147,6 +151,9 @@ class Exchange(ABC, Generic[AnswerT]):
         finally:
             self._departures.forget(task)
             context.when_idle(self._admission.leave)
+            if context.trace is not None:
+                context.trace.stamp("HTTP_SEND_START")
+                self._loop.call_soon(context.trace.finish, context.id, "HTTP_SEND_END")
         reply = scope.get("extensions", _NO_EXTENSIONS).get(REPLY)
         # ASGI's way where the connection has to be closed: uvicorn reads that off the headers.
         if reply is None or response[-1] is _CLOSE or not reply(_head(status, response, len(content)), content):

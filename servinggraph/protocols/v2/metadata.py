@@ -23,6 +23,8 @@ EXTENSIONS: Final = (
     "parameters",
     "generate",
     "statistics",
+    "trace",
+    "logging",
 )
 """Protocol extensions that always work here; names as Triton's. What only some servers offer joins them below."""
 
