@@ -262,10 +262,10 @@ class GraphStatistics:
         times = [self.whole] if self.whole is not None else self._leaves
         queued = [self.whole] if self.whole is not None else list(self.nodes.values())
         stats = own["inference_stats"]
-        stats["queue"]["ns"] = sum(node.queue_ns for node in queued)
-        stats["compute_input"]["ns"] = sum(node.input_ns for node in times)
-        stats["compute_infer"]["ns"] = sum(node.infer_ns for node in times)
-        stats["compute_output"]["ns"] = sum(node.output_ns for node in times)
+        stats["queue"] = _duration(stats["queue"]["count"], sum(node.queue_ns for node in queued))
+        stats["compute_input"] = _duration(stats["compute_input"]["count"], sum(node.input_ns for node in times))
+        stats["compute_infer"] = _duration(stats["compute_infer"]["count"], sum(node.infer_ns for node in times))
+        stats["compute_output"] = _duration(stats["compute_output"]["count"], sum(node.output_ns for node in times))
         own["inference_count"] = self.requests.rows
         own["batch_stats"] = []
         if inner is not None:
@@ -327,7 +327,8 @@ class StreamProgress:
 
 
 def _duration(count: int, ns: int) -> dict[str, int]:
-    return {"count": count, "ns": ns}
+    # Where all failed, what nodes had done for them before is nobody's time.
+    return {"count": count, "ns": ns if count else 0}
 
 
 def _milliseconds(moment_ns: int) -> int:

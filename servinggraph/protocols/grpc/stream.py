@@ -19,10 +19,17 @@ import grpc
 from servinggraph.context import Context
 from servinggraph.errors import ServingGraphError, Unavailable
 from servinggraph.lifecycle import infer, stream as answers_of
+<<<<<<< HEAD
 from servinggraph.protocols.grpc.requests import Request, Requests, failure_of
 from servinggraph.protocols.grpc.routing import Call, abort
 from servinggraph.protocols.grpc.status import text_of
 from servinggraph.protocols.protobuf.codec import EMPTY_FINAL, empty_answer, error_item, stream_item
+=======
+from servinggraph.protocols.grpc.codec import EMPTY_FINAL, empty_answer, error_item, stream_item
+from servinggraph.protocols.grpc.requests import Request, Requests, failure_of
+from servinggraph.protocols.grpc.routing import Call, abort
+from servinggraph.protocols.grpc.status import text_of
+>>>>>>> 1f20f4b (Streams are counted and traced answer by answer)
 from servinggraph.protocols.protobuf.generated import grpc_service_pb2 as pb
 
 __all__ = ["ModelStreamInfer"]
@@ -201,6 +208,8 @@ class _Stream:
         except ServingGraphError as error:
             await self._refuse(error, message, context, before, turn)
             return
+        if request.graph.tracer is not None:
+            request.graph.tracer.pick(request.graph, context, "GRPC_WAITREAD_END")
         try:
             response = await infer(request.graph, request.request, context)
             item = stream_item(self._requests.encode(response, request), final=True)
@@ -208,6 +217,8 @@ class _Stream:
             item = self._failed(error, message, context)
         finally:
             context.when_idle(self._admission.leave)
+            if context.trace is not None:
+                context.trace.finish(context.id, "GRPC_SEND_START")
         await self._in_turn(item, before, turn)
 
     async def _in_turn(self, item: Item, before: Turn | None, turn: Turn) -> None:
@@ -226,6 +237,8 @@ class _Stream:
         except ServingGraphError as error:
             await self._write(error_item(text_of(error), message))
             return
+        if request.graph.tracer is not None:
+            request.graph.tracer.pick(request.graph, context, "GRPC_WAITREAD_END")
         try:
             async with aclosing(answers_of(request.graph, request.request, context)) as answers:
                 async for answer in answers:
@@ -240,6 +253,8 @@ class _Stream:
             item = self._failed(error, message, context)
         finally:
             context.when_idle(self._admission.leave)
+            if context.trace is not None:
+                context.trace.finish(context.id, "GRPC_SEND_END")
         if item is not None:
             await self._write(item)
 

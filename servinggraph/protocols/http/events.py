@@ -152,6 +152,7 @@ class EventExchange(Exchange[Any]):
         except ServingGraphError as error:
             await send_whole(send, *error_response(error))
             return
+        _trace(graph, context)
         events = _Events(scope, send, self.event_fields, self._stall_s)
         failure: ServingGraphError | None = None
         try:
@@ -178,8 +179,7 @@ class EventExchange(Exchange[Any]):
             failure = StepFailed(f"{type(error).__name__}: {error}")
             failure.__cause__ = error
         finally:
-            self._departures.forget(task)
-            context.when_idle(self._admission.leave)
+            self.leave(task, context)
         if failure is not None:
             self.report(failure, graph, context)
             status, fields, content = error_response(failure)
@@ -192,6 +192,11 @@ class EventExchange(Exchange[Any]):
             await events.end()
         except _Stalled:
             events.cut_off()
+
+
+def _trace(graph: ServedGraph, context: Context) -> None:
+    if graph.tracer is not None:
+        graph.tracer.pick(graph, context, "HTTP_RECV_START")
 
 
 def encoded(

@@ -149,11 +149,7 @@ class Exchange(ABC, Generic[AnswerT]):
             self.report(failure, graph, context)
             status, response, content = error_response(failure)
         finally:
-            self._departures.forget(task)
-            context.when_idle(self._admission.leave)
-            if context.trace is not None:
-                context.trace.stamp("HTTP_SEND_START")
-                self._loop.call_soon(context.trace.finish, context.id, "HTTP_SEND_END")
+            self.leave(task, context)
         reply = scope.get("extensions", _NO_EXTENSIONS).get(REPLY)
         # ASGI's way where the connection has to be closed: uvicorn reads that off the headers.
         if reply is None or response[-1] is _CLOSE or not reply(_head(status, response, len(content)), content):
@@ -184,6 +180,14 @@ class Exchange(ABC, Generic[AnswerT]):
         if found is None:
             raise Unavailable(f"Request for unknown model: '{graph.plan.name}' was unloaded")
         return found
+
+    def leave(self, task: asyncio.Task[Any], context: Context) -> None:
+        """End the watch over a request, give its slot back, and finish its trace."""
+        self._departures.forget(task)
+        context.when_idle(self._admission.leave)
+        if context.trace is not None:
+            context.trace.stamp("HTTP_SEND_START")
+            self._loop.call_soon(context.trace.finish, context.id, "HTTP_SEND_END")
 
     async def read_body(self, receive: Receive, headers: dict[bytes, bytes]) -> bytes:
         """Return a request's body.

@@ -60,7 +60,7 @@ def _of_node(graph: ServedGraph, found: PlanNode) -> dict[str, Any]:
     parts: dict[str, Any] = {"instance_group": _instances(found, None if batcher is None else batcher.policy)}
     if batcher is not None:
         parts["dynamic_batching"] = _dynamic_batching(batcher.policy)
-    parts["response_cache"] = {"enable": _cached(found)}
+    parts["response_cache"] = {"enable": found.cache is not None}
     parts["model_transaction_policy"] = {"decoupled": found.streams}
     return _document(f"{graph.plan.name}.{found.name}", inputs, outputs, rows, parts)
 
@@ -105,7 +105,7 @@ def _of_graph(graph: ServedGraph) -> dict[str, Any]:
     plan, batchers = graph.plan, graph.executor.batchers
     parts: dict[str, Any] = {
         "model_transaction_policy": {"decoupled": plan.decoupled},
-        "response_cache": {"enable": any(_cached(node) for node in plan.every_node())},
+        "response_cache": {"enable": plan.cache is not None or any(node.cache is not None for node in plan.every_node())},
     }
     if plan.timeout_s is not None:
         parts["parameters"] = {"timeout_ms": {"string_value": f"{plan.timeout_s * 1e3:g}"}}
@@ -207,10 +207,6 @@ def _between(source: str, tensor: str) -> str:
 
 def _behind(plan: Plan, node: str, tensor: str) -> str:
     return tensor if node == plan.answer and tensor in (plan.outputs or {}) else f"{node}.{tensor}"
-
-
-def _cached(node: PlanNode) -> bool:
-    return getattr(node, "cache", None) is not None
 
 
 def _known(tensors: Mapping[str, TensorSpec] | None) -> Mapping[str, TensorSpec]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from servinggraph.lifecycle import Serving
-from servinggraph.protocols.grpc.generated import grpc_service_pb2 as pb
 from servinggraph.protocols.grpc.routing import Method
+from servinggraph.protocols.protobuf.generated import grpc_service_pb2 as pb
 
 __all__ = ["methods"]
 
