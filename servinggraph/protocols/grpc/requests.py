@@ -10,17 +10,10 @@ from servinggraph.context import Context, Headers
 from servinggraph.errors import RequestTooLarge, ServingGraphError, StepFailed
 from servinggraph.lifecycle import ServedGraph, Serving
 from servinggraph.messages import InferenceRequest, InferenceResponse
-<<<<<<< HEAD
 from servinggraph.protocols.grpc.routing import Call, version_of
 from servinggraph.protocols.protobuf.codec import decode_request, encode_response
 from servinggraph.protocols.protobuf.generated import grpc_service_pb2 as pb
 from servinggraph.protocols.protobuf.wire import Data, split_request
-=======
-from servinggraph.protocols.grpc.codec import decode_request, encode_response
-from servinggraph.protocols.grpc.routing import Call, version_of
-from servinggraph.protocols.grpc.wire import Data, split_request
-from servinggraph.protocols.protobuf.generated import grpc_service_pb2 as pb
->>>>>>> 1f20f4b (Streams are counted and traced answer by answer)
 from servinggraph.protocols.v2 import RequestLimits
 from servinggraph.protocols.v2.checks import check_takes_tensors
 from servinggraph.protocols.v2.parameters import priority_of, timeout_of

@@ -19,17 +19,10 @@ import grpc
 from servinggraph.context import Context
 from servinggraph.errors import ServingGraphError, Unavailable
 from servinggraph.lifecycle import infer, stream as answers_of
-<<<<<<< HEAD
 from servinggraph.protocols.grpc.requests import Request, Requests, failure_of
 from servinggraph.protocols.grpc.routing import Call, abort
 from servinggraph.protocols.grpc.status import text_of
 from servinggraph.protocols.protobuf.codec import EMPTY_FINAL, empty_answer, error_item, stream_item
-=======
-from servinggraph.protocols.grpc.codec import EMPTY_FINAL, empty_answer, error_item, stream_item
-from servinggraph.protocols.grpc.requests import Request, Requests, failure_of
-from servinggraph.protocols.grpc.routing import Call, abort
-from servinggraph.protocols.grpc.status import text_of
->>>>>>> 1f20f4b (Streams are counted and traced answer by answer)
 from servinggraph.protocols.protobuf.generated import grpc_service_pb2 as pb
 
 __all__ = ["ModelStreamInfer"]

@@ -13,15 +13,9 @@ from typing import Any, Final
 from servinggraph.context import ParameterValue
 from servinggraph.errors import InvalidRequest, StepFailed, Unsupported
 from servinggraph.messages import Destination, InferenceRequest, InferenceResponse, RequestedOutput
-<<<<<<< HEAD:servinggraph/protocols/protobuf/codec.py
 from servinggraph.protocols.protobuf.contents import decode_contents
 from servinggraph.protocols.protobuf.generated import grpc_service_pb2 as pb
 from servinggraph.protocols.protobuf.wire import Data, field, varint
-=======
-from servinggraph.protocols.grpc.contents import decode_contents
-from servinggraph.protocols.grpc.wire import Data, field, varint
-from servinggraph.protocols.protobuf.generated import grpc_service_pb2 as pb
->>>>>>> 1f20f4b (Streams are counted and traced answer by answer):servinggraph/protocols/grpc/codec.py
 from servinggraph.protocols.v2.binary_data import decode_bytes, encode_bytes
 from servinggraph.protocols.v2.checks import check_input, check_names, check_sizes
 from servinggraph.protocols.v2.classification import classifier

@@ -8,13 +8,8 @@ from typing import Any, Final
 import numpy as np
 
 from servinggraph.errors import InvalidRequest
-<<<<<<< HEAD:servinggraph/protocols/protobuf/contents.py
 from servinggraph.protocols.protobuf.generated import grpc_service_pb2 as pb
 from servinggraph.protocols.protobuf.wire import varint
-=======
-from servinggraph.protocols.grpc.wire import varint
-from servinggraph.protocols.protobuf.generated import grpc_service_pb2 as pb
->>>>>>> 1f20f4b (Streams are counted and traced answer by answer):servinggraph/protocols/grpc/contents.py
 from servinggraph.tensors import DATATYPES, Array, element_count
 
 __all__ = ["decode_contents"]
