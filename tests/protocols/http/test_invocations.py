@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from servinggraph import Body, Context, Graph, InvalidRequest, steps
+from servinggraph.protocols.freeform import decode_body
 from servinggraph.protocols.freeform.packing import encode_msgpack
+from servinggraph.protocols.http.endpoints import invocations
 
 JSON = {"Content-Type": "application/json"}
 
@@ -313,3 +315,49 @@ def test_a_refusal_of_a_step_is_the_callers_mistake(http_server):
 
     assert 400 == answer.status
     assert "node 'work': no cats" == answer.error
+
+
+def test_a_graph_is_not_unloaded_while_a_body_is_decoded_for_it(http_server, until, monkeypatch):
+    decoding, go_on = threading.Event(), threading.Event()
+
+    def slow(body, media):
+        decoding.set()
+        assert go_on.wait(10)
+        return decode_body(body, media)
+
+    monkeypatch.setattr(invocations, "decode_body", slow)
+    server = http_server(graph_of(echo))
+    graph = server.catalog.get("g")
+    connection = server.connect()
+    connection.send(request(b'"%b"' % (b"x" * 70_000)))
+    assert decoding.wait(10)
+    assert 1 == graph.requests
+    go_on.set()
+
+    assert 200 == connection.answer().status
+    assert 0 == graph.requests
+    connection.close()
+
+
+def test_a_client_that_leaves_while_its_body_is_decoded_keeps_its_slot_until_that_has_ended(http_server, until, monkeypatch):
+    decoding, go_on = threading.Event(), threading.Event()
+
+    def slow(body, media):
+        decoding.set()
+        assert go_on.wait(10)
+        return decode_body(body, media)
+
+    monkeypatch.setattr(invocations, "decode_body", slow)
+    calls = []
+    server = http_server(graph_of(calls.append))
+    graph = server.catalog.get("g")
+    connection = server.connect()
+    connection.send(request(b'"%b"' % (b"x" * 70_000)))
+    assert decoding.wait(10)
+    connection.close()
+    until(lambda: graph.requests == 0)
+
+    assert 1 == server.in_flight
+    go_on.set()
+    until(lambda: server.in_flight == 0)
+    assert [] == calls
