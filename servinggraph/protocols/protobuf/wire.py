@@ -36,7 +36,7 @@ def split_request(data: bytes) -> tuple[pb.ModelInferRequest, list[Data]]:
         message = pb.ModelInferRequest.FromString(rest)
     except DecodeError as error:
         raise InvalidRequest(f"failed to parse the request as inference.ModelInferRequest: {error}") from None
-    return message, [*(views or message.raw_input_contents)]
+    return message, views or message.raw_input_contents[:]  # type: ignore[return-value]  # a slice is a list
 
 
 def _cut(data: bytes) -> tuple[bytes, list[memoryview]]:

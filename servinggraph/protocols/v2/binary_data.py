@@ -19,6 +19,8 @@ __all__ = ["decode_bytes", "encode_bytes"]
 
 _LENGTH: Final = Struct("<I")
 _LONGEST: Final = 2**32 - 1
+_SMALL: Final = 4096
+"""Up to this many bytes, a copy is quicker than a view."""
 
 
 def decode_bytes(name: str, model: str, datatype: str, shape: Sequence[int], data: memoryview) -> Array:
@@ -61,6 +63,8 @@ def encode_bytes(name: str, datatype: str, array: Array) -> memoryview | bytes:
         StepFailed: a BYTES element is neither bytes nor text, or over 4 GiB.
     """
     if datatype != "BYTES":
+        if array.nbytes <= _SMALL:
+            return array.tobytes()
         return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else b""
     parts: list[bytes] = []
     for item in array.ravel().tolist():
