@@ -262,20 +262,27 @@ def test_cancelling_a_request_that_runs_cancels_the_sequence(run, manual_clock):
     run(check())
 
 
-def test_a_request_cancelled_in_the_turn_of_the_loop_in_which_its_turn_comes_ends_the_sequence(run, manual_clock):
+def test_a_request_that_is_cancelled_just_as_its_turn_comes_ends_the_sequence(run, manual_clock):
+    requests = []
+
+    async def step(value, state):
+        await asyncio.sleep(0.01)
+        if value["x"][0] == 1:
+            # It runs between the end of this request and the awakening of the next.
+            asyncio.get_running_loop().call_soon(requests[1].cancel)
+        return total(value, state)
+
     async def check():
-        held = Held()
-        async with graph_of(held.__call__).mock() as server:
-            requests = [soon(send(server, 7, x, start=x == 1)) for x in (1, 2, 3)]
-            await manual_clock.settle()
-            held.let_go(1)
-            requests[0].add_done_callback(lambda done: requests[1].cancel())
-            await manual_clock.settle()
+        async with graph_of(step).mock() as server:
+            requests.extend(soon(send(server, 7, x, start=x == 1)) for x in (1, 2, 3))
+            await manual_clock.advance(1)
             assert 1 == requests[0].result()
+            assert requests[1].cancelled()
             assert isinstance(requests[2].exception(), Cancelled)
             assert 0 == server.in_flight
-            held.let_go(5)
-            assert 5 == await send(server, 7, 5, start=True)
+            again = soon(send(server, 7, 5, start=True))
+            await manual_clock.advance(1)
+            assert 5 == again.result()
 
     run(check())
 
