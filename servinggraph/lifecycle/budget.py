@@ -57,5 +57,5 @@ class Budget:
         if not (self.max_loaded and count > self.max_loaded) and not (self.max_bytes and total > self.max_bytes):
             return None
         rest = [record for record in self._order.values() if record is not keep]
-        idle = (record for record in rest if record.graph is not None and record.graph.requests == 0)
+        idle = (record for record in rest if record.graph is not None and record.graph.idle)
         return next(idle, rest[0] if rest else None)

@@ -73,6 +73,17 @@ class ServedGraph:
         if self.requests == 0 and self._idle is not None:
             self._idle.set()
 
+    @property
+    def idle(self) -> bool:
+        """True when it answers no request and no sequence is under way: nobody would miss it."""
+        return self.requests == 0 and not (self.sequences and len(self.sequences))
+
+    async def stop(self) -> None:
+        """End its sequences, finish the batches that run, refuse what waits, unload all steps."""
+        if self.sequences is not None:
+            self.sequences.close()
+        await self.executor.stop()
+
     async def drained(self) -> None:
         """Return once it answers no request; the executor can then be stopped without refusing anybody."""
         self._idle = asyncio.Event()
@@ -185,10 +196,7 @@ class Catalog:
         for graph in started:
             graph.ready = False
         self._changed()
-        for graph in started:
-            if graph.sequences is not None:
-                graph.sequences.close()
-        results = await asyncio.gather(*(graph.executor.stop() for graph in started), return_exceptions=True)
+        results = await asyncio.gather(*(graph.stop() for graph in started), return_exceptions=True)
         for graph, result in zip(started, results, strict=True):
             if isinstance(result, BaseException):
                 logger.error("graph '%s' did not stop cleanly: %s", graph.plan.name, result)

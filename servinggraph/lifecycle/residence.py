@@ -114,7 +114,7 @@ class Residence:
     async def discard(self, built: Built) -> None:
         """Unload what nobody is served by."""
         try:
-            await built.graph.executor.stop()
+            await built.graph.stop()
         except Exception:
             logger.exception("graph '%s' did not stop cleanly", built.graph.plan.name)
         built.scope.drop()

@@ -23,6 +23,9 @@ __all__ = ["Sequencer", "place_of"]
 
 _MAX_ID_BYTES: Final = 128
 
+_NEARLY_S: Final = 0.05
+"""A gRPC call whose time is up is cancelled by its caller's clock, which may be a little ahead of ours."""
+
 
 class Sequencer:
     """Keeps the sequences of one graph. Made on the running event loop.
@@ -130,7 +133,7 @@ class Sequencer:
             if waiter.done() and not waiter.cancelled():
                 waiter.exception()  # looked at: it came too late
             now = self._loop.time()
-            self._settle(self._table.cancel(place, now))
+            self._settle(self._table.expire(place, now) if self._is_late(deadline) else self._table.cancel(place, now))
             self._settle(self._table.finish(place, now, failed=True))  # where its turn came meanwhile
             raise
         finally:
@@ -139,9 +142,13 @@ class Sequencer:
                 timer.cancel()
 
     def _leave(self, place: Place, inside: Context, error: BaseException | None) -> None:
-        if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        if isinstance(error, asyncio.CancelledError | GeneratorExit) and not self._is_late(inside.deadline):
             self._settle(self._table.cancel(place, self._loop.time()))
         inside.when_idle(partial(self._finish, place, failed=error is not None))
+
+    def _is_late(self, deadline: float | None) -> bool:
+        """Tell whether a request that is cancelled is so because its time is up, and not because its caller gave it up."""
+        return deadline is not None and self._loop.time() >= deadline - _NEARLY_S
 
     def _finish(self, place: Place, *, failed: bool) -> None:
         self._settle(self._table.finish(place, self._loop.time(), failed=failed))

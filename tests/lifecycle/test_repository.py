@@ -547,3 +547,53 @@ def test_keys_of_tritons_configuration_set_batching_and_the_policy(folder, opene
             assert running.catalog.get("a").plan.nodes[0].batch is False
 
     go(check)
+
+
+TOTAL = """\
+import numpy as np
+
+def work(value, state):
+    state["n"] = state.get("n", 0) + 1
+    return {"y": np.array([float(state["n"])])}
+"""
+
+
+def in_sequence(key, **flags):
+    return Context(parameters={"sequence_id": key, **{f"sequence_{name}": flag for name, flag in flags.items()}})
+
+
+def test_a_version_that_is_loaded_anew_begins_without_sequences(folder, opened):
+    folder.write("a", TOTAL, "sequences: {idle_ms: 100000}\n")
+
+    async def check():
+        async with opened() as running:
+            await running.repository.load("a")
+            old = running.catalog.get("a").sequences
+            assert ("1", 1.0) == await running.ask("a", context=in_sequence(7, start=True))
+            assert ("1", 2.0) == await running.ask("a", context=in_sequence(7))
+            await running.repository.load("a")
+            with pytest.raises(InvalidRequest, match="must specify the START flag"):
+                await running.ask("a", context=in_sequence(7))
+            assert ("1", 1.0) == await running.ask("a", context=in_sequence(7, start=True))
+            async with asyncio.timeout(10):
+                while len(old):  # what was kept goes with the old one, once it is drained
+                    await asyncio.sleep(0.001)
+
+    go(check)
+
+
+def test_a_version_with_sequences_under_way_is_the_last_to_make_room(folder, opened):
+    folder.write("a", TOTAL, "sequences: {idle_ms: 100000}\n")
+    for name in "bc":
+        folder.write(name, 1)
+
+    async def check():
+        async with opened(max_loaded=2) as running:
+            await running.repository.load("a")
+            await running.ask("a", context=in_sequence(7, start=True))
+            for name in "bc":
+                await running.repository.load(name)
+                await running.ask(name)
+            assert ("1", 2.0) == await running.ask("a", context=in_sequence(7))
+
+    go(check)

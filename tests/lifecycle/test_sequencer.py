@@ -287,6 +287,27 @@ def test_a_request_that_is_cancelled_just_as_its_turn_comes_ends_the_sequence(ru
     run(check())
 
 
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_call_that_is_cancelled_since_its_time_is_up_leaves_the_sequence_as_it_was(run, manual_clock, which):
+    """So does a gRPC client: it cancels what its own clock says is late."""
+
+    async def check():
+        held = Held()
+        async with graph_of(held.__call__).mock() as server:
+            held.let_go(0, 3)
+            await send(server, 7, 0, start=True)
+            requests = [soon(send(server, 7, x, timeout_s=0.2 if x == which else None)) for x in (1, 2, 3)]
+            await manual_clock.advance(0.19)
+            requests[which - 1].cancel()
+            await manual_clock.settle()
+            held.let_go(1, 2)
+            await manual_clock.settle()
+            assert requests[which - 1].cancelled()
+            assert 6 - which == requests[2].result()
+
+    run(check())
+
+
 def test_the_time_of_a_request_runs_while_it_waits_for_its_turn(run, manual_clock):
     async def check():
         held = Held()
