@@ -143,6 +143,30 @@ def test_the_lstm_is_what_onnx_says_it_is(lstm):
     asyncio.run(check())
 
 
+def test_an_lstm_without_kept_state_is_not_tried_without_rows(tmp_path):
+    """ONNX Runtime crashes the whole process on it."""
+    weights = [
+        onnx.numpy_helper.from_array(np.ones(shape, "f4"), name) for name, shape in (("W", (1, 12, 2)), ("R", (1, 12, 3)))
+    ]
+    info = helper.make_tensor_value_info
+    nodes = [
+        helper.make_node("Unsqueeze", ["x", "zero"], ["steps"]),
+        helper.make_node("LSTM", ["steps", "W", "R"], ["", "h"], hidden_size=3),
+        helper.make_node("Squeeze", ["h", "zero"], ["y"]),
+    ]
+    zero = onnx.numpy_helper.from_array(np.array([0], np.int64), "zero")
+    graph = helper.make_graph(nodes, "g", [info("x", FLOAT, ["N", 2])], [info("y", FLOAT, ["N", 3])], [*weights, zero])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 9
+    onnx.save(model, tmp_path / "plain.onnx")
+    graph = Graph("g", inputs=X)
+    graph.to(steps.Onnx(tmp_path / "plain.onnx"), name="m").respond()
+    with graph.mock() as server:
+        assert (2, 3) == server.infer(x=np.ones((2, 2), "f4")).outputs["y"].shape
+        with pytest.raises(InvalidRequest, match="has no rows"):
+            server.infer(x=np.ones((0, 2), "f4"))
+
+
 def test_a_request_has_one_row(total):
     async def check():
         for batch in (False, True):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import mmap
 from collections.abc import Callable, Mapping
 from functools import cache
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Final
@@ -16,7 +18,7 @@ from servinggraph.concurrency import WorkerThreads
 from servinggraph.context import Context
 from servinggraph.tensors import DATATYPES, Array, TensorSpec, element_count
 
-__all__ = ["rows_are_independent", "run_seconds", "sample", "thread_hop_seconds"]
+__all__ = ["has_recurrence", "rows_are_independent", "run_seconds", "sample", "thread_hop_seconds"]
 
 logger = logging.getLogger("servinggraph.steps.onnx")
 
@@ -52,6 +54,12 @@ def sample(inputs: Mapping[str, TensorSpec], rows: int, shapes: Mapping[str, lis
             array = random.integers(0, 2, shape).astype(dtype)  # 0 and 1: valid token ids and flags
         result[name] = array
     return result
+
+
+def has_recurrence(path: Path) -> bool:
+    """Tell whether a model file names an LSTM, GRU or RNN, as an operator or otherwise."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as model:
+        return any(model.find(name) >= 0 for name in (b"LSTM", b"GRU", b"RNN"))
 
 
 def run_seconds(run: Run, values: dict[str, Array]) -> float:

@@ -18,7 +18,7 @@ from servinggraph.context import Context
 from servinggraph.errors import DatatypeMismatch, GraphInvalid, InvalidRequest, Problem, ShapeMismatch, StepFailed
 from servinggraph.interfaces import BatchPolicy, Operation, Options, Step
 from servinggraph.steps.onnx.binding import BoundSession
-from servinggraph.steps.onnx.probe import rows_are_independent, run_seconds, sample, thread_hop_seconds
+from servinggraph.steps.onnx.probe import has_recurrence, rows_are_independent, run_seconds, sample, thread_hop_seconds
 from servinggraph.steps.onnx.session import DeviceMissing, open_session, placed
 from servinggraph.steps.onnx.state import ModelState, StateOptions, read_state
 from servinggraph.steps.onnx.tensors import decode_text, output_converter, tensor_spec
@@ -272,6 +272,8 @@ class Onnx(Step[OnnxOptions]):
         """Tell whether the model takes inputs without rows; many exports do not."""
         if self.keeps_state:
             return True  # not asked: a request for a sequence is one row
+        if has_recurrence(self._path):
+            return False  # not tried: ONNX Runtime's LSTM crashes the process on a batch of no rows
         if not self._first_axis_is_free() or (values := self._sample(1)) is None:
             return True
         try:
