@@ -48,7 +48,11 @@ class InferRoute(Exchange[EncodedResponse]):
         if len(body) > self._max_body_bytes:
             raise self.too_large()
         if b"content-encoding" in headers:
-            body = await self.unpacked(body, headers[b"content-encoding"].decode("latin-1"))
+            graph.requests += 1  # it stays while this runs in a thread
+            try:
+                body = await self.unpacked(body, headers[b"content-encoding"].decode("latin-1"))
+            finally:
+                graph.leave()
         request = parse_request(
             body, header_length_of(headers, len(body)), plan.name, plan.inputs, plan.outputs, self._limits, self._regions
         )
