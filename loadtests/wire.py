@@ -125,7 +125,8 @@ def _analyze(server: WireServer, protocol: str, concurrency: int, seconds: int) 
     home = BENCH / "perf_analyzer" / "x"
     command = [str(next(home.glob("*.data/data/bin/perf_analyzer"))), "-m", server.model, "-u", server.address(protocol)]
     command += ["-i", protocol, "--shape", SHAPES[server.model], "--concurrency-range", f"{concurrency}:{concurrency}"]
-    command += ["-p", str(seconds * 1000), "-r", "1", "-s", "999", "--percentile=99"]
+    # It wants three windows before it says anything; how much they differ is for the rounds to show.
+    command += ["-p", str(seconds * 1000 // 3), "-r", "3", "-s", "999", "--percentile=99"]
     environment = os.environ | {"LD_LIBRARY_PATH": str(home / "nvidia/cuda_runtime/lib")}
     before, started = foreign_cpu_seconds(server), time.monotonic()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)

@@ -200,6 +200,8 @@ class Python(Step[PythonOptions]):
                 if self._context_by_name:
                     return lambda value, context: function(context=context)
                 return lambda value, context: function()
+            if self._takes_all and self._context_by_name:
+                return lambda value, context: function(**value, context=context)
             if self._takes_all:
                 return lambda value, context: function(**value)
             if self._context_by_name:

@@ -80,6 +80,14 @@ def test_keyword_parameters_take_every_tensor():
     assert ["x"] == list(answer(lambda **tensors: tensors))
 
 
+def test_keyword_parameters_take_every_tensor_and_the_context_comes_beside_them():
+    def step(context, **tensors):
+        assert isinstance(context, Context)
+        return tensors
+
+    assert ["x"] == list(answer(step))
+
+
 def test_async_functions_are_awaited():
     async def step(value):
         return {"y": value["x"]}
