@@ -45,6 +45,8 @@ class ServedGraph:
         door: None where a request can simply enter. Otherwise gives the graph that the request
             enters, with the request counted: a graph may have left memory, or been replaced
             while the request came in.
+        closed: True from when its executor is stopped; until then a removed graph still takes
+            requests that were read for it.
     """
 
     plan: Plan
@@ -58,6 +60,7 @@ class ServedGraph:
     run: Handler = field(init=False, repr=False)
     stream: Callable[[Any, Context], AsyncGenerator[Any, None]] = field(init=False, repr=False)
     door: Callable[[ServedGraph, Context], Awaitable[ServedGraph]] | None = None
+    closed: bool = False
     _idle: asyncio.Event | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -164,7 +167,7 @@ class Catalog:
     def swap(self, add: Sequence[ServedGraph], remove: Sequence[ServedGraph]) -> None:
         """Serve `add`, whose executors run, in place of `remove`, in one step.
 
-        A request that was on its way to a removed graph enters the one that took its place.
+        A request that was read for a removed graph still enters it, or what took its place once it is closed.
         What is removed still answers what it has begun; stop its executor once it is `drained`.
         """
         for graph in remove:
@@ -179,7 +182,10 @@ class Catalog:
         self._changed()
 
     async def _successor(self, graph: ServedGraph, context: Context) -> ServedGraph:
-        """Return what took a graph's place, if the request that was read for it fits."""
+        """Return a removed graph, or what took its place if the request that was read for it fits."""
+        if not graph.closed:
+            graph.requests += 1
+            return graph
         successor = self.get(graph.plan.name, graph.plan.version)
         if not takes_the_same(graph.plan, successor.plan):
             raise Unavailable(f"model '{graph.plan.name}' was replaced by one with other tensors while the request came in")

@@ -113,6 +113,7 @@ class Residence:
 
     async def discard(self, built: Built) -> None:
         """Unload what nobody is served by."""
+        built.graph.closed = True
         try:
             await built.graph.stop()
         except Exception:

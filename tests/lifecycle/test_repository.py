@@ -204,7 +204,9 @@ def test_an_unload_returns_at_once_takes_no_more_requests_and_loses_none(folder,
     go(check)
 
 
-def test_a_request_on_its_way_in_while_its_graph_is_replaced_enters_the_new_one(folder, opened):
+def test_a_request_on_its_way_in_while_its_graph_is_replaced_enters_the_old_one_or_when_that_is_closed_the_new_one(
+    folder, opened
+):
     folder.write("a", 1)
 
     async def check():
@@ -216,9 +218,13 @@ def test_a_request_on_its_way_in_while_its_graph_is_replaced_enters_the_new_one(
             running.catalog.get = lambda name, version="", get=running.catalog.get: (
                 old if version == "old" else get(name, version)
             )
+            assert not old.closed
+            assert ("1", 1.0) == await running.ask("a", "old")
+            await running.repository._residence.settled()
             assert ("1", 2.0) == await running.ask("a", "old")
             assert (0, 0) == (old.requests, running.catalog.get("a").requests)
             await running.repository.unload("a")
+            await running.repository._residence.settled()
             with pytest.raises(GraphNotFound):
                 await running.ask("a", "old")
 
@@ -235,6 +241,7 @@ def test_a_request_that_was_read_for_other_tensors_is_not_given_to_the_new_graph
             file = folder.write("a", 2) / "graph.yaml"
             file.write_text(file.read_text().replace("FP32", "FP64"))
             await running.repository.load("a")
+            await running.repository._residence.settled()
             with pytest.raises(Unavailable, match="replaced by one with other tensors"):
                 await old.door(old, Context())
 
