@@ -204,7 +204,7 @@ def test_an_unload_returns_at_once_takes_no_more_requests_and_loses_none(folder,
     go(check)
 
 
-def test_a_request_on_its_way_in_while_its_graph_is_replaced_enters_the_old_one_or_when_that_is_closed_the_new_one(
+def test_a_request_on_its_way_in_while_its_graph_is_replaced_enters_the_old_one_or_once_that_is_closed_the_new_one(
     folder, opened
 ):
     folder.write("a", 1)
@@ -212,14 +212,13 @@ def test_a_request_on_its_way_in_while_its_graph_is_replaced_enters_the_old_one_
     async def check():
         async with opened() as running:
             await running.repository.load("a")
-            old = running.catalog.get("a")
+            old, get = running.catalog.get("a"), running.catalog.get
+            running.catalog.get = lambda name, version="": old if version == "old" else get(name, version)
+            old.requests += 1  # it has something to finish
             folder.write("a", 2)
             await running.repository.load("a")
-            running.catalog.get = lambda name, version="", get=running.catalog.get: (
-                old if version == "old" else get(name, version)
-            )
-            assert not old.closed
             assert ("1", 1.0) == await running.ask("a", "old")
+            old.leave()
             await running.repository._residence.settled()
             assert ("1", 2.0) == await running.ask("a", "old")
             assert (0, 0) == (old.requests, running.catalog.get("a").requests)
