@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["serve"]
 
+_SHOWN = {"grpc": "gRPC", "kafka": "Kafka"}
+
 
 def _server_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add one option for each field of `ServerOptions`, so that a setting is written once."""
@@ -109,7 +111,8 @@ def _banner(server: Server, path: Path, seconds: float) -> str:
     everywhere = ("0.0.0.0", "::")  # noqa: S104  (compared with, not listened on)
     host = "127.0.0.1" if server.options.host in everywhere else server.options.host
     for name, front_end in server.front_ends.items():
-        lines.append(f"  {name.upper()} on {name}://{server.options.host}:{front_end.port}")
+        address = f"{server.options.host}:{front_end.port}"
+        lines.append(f"  HTTP on http://{address}" if name == "http" else f"  {_SHOWN.get(name, name)} on {address}")
     lines.append(f"  ready in {seconds:.2f} s; stop with Ctrl-C")
     if "http" in server.front_ends and server.plans:
         lines += ["", "  Try it:", "", f"  {_curl(server.plans[0], host, server.front_ends['http'].port)}", ""]

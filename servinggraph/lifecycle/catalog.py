@@ -107,6 +107,7 @@ class Catalog:
     Attributes:
         draining: True once the server was told to stop: not ready, but still answering.
         known: names that could be loaded; not found either, but in other words.
+        policies: which versions of a graph are served: the latest so many, "all", or these.
         may_be_empty: True where graphs come and go: then a server without any is ready, too.
     """
 
@@ -116,6 +117,7 @@ class Catalog:
         self._listeners: list[Callable[[], None]] = []
         self._draining = False
         self.known: frozenset[str] = frozenset()
+        self.policies: dict[str, int | str | tuple[int, ...]] = {}
         self.may_be_empty = False
 
     def made(self, plan: Plan) -> ServedGraph:

@@ -229,6 +229,7 @@ class Repository:
                 raise GraphInvalid(list(dict.fromkeys(problems))) if problems else failures[0]
             for record in records:
                 self._records.setdefault(record.name, {})[record.version] = record
+            self._catalog.policies.update({entry.name: entry.policy for entry in entries.values()})
             self._residence.install(built, [])
             await self._residence.trim()
 
@@ -308,6 +309,7 @@ class Repository:
                 shown[record.version] = record
                 if record.folder is not None:
                     record.folder.take()
+            self._catalog.policies[name] = entry.policy
             self._residence.install(built, replaced)
             for record in [record for version, record in shown.items() if version not in wanted]:
                 record.dropped = True

@@ -107,6 +107,7 @@ def test_a_load_takes_a_configuration_and_files(opened, folder):
     server, client = opened()
     client.load_model("a", config=json.dumps({"version_policy": {"specific": {"versions": [1]}}}))
     assert ("1", 1.0) == ask(client, "a")
+    assert [1] == [int(number) for number in configuration(client, "a")["version_policy"]["specific"]["versions"]]
     files = {"file:5/graph.yaml": GRAPH.encode(), "file:5/steps.py": answering(9).encode()}
     client.load_model("a", config="{}", files=files)
     assert ("5", 9.0) == ask(client, "a")
@@ -114,6 +115,13 @@ def test_a_load_takes_a_configuration_and_files(opened, folder):
         ask(client, "a", "1")
     client.load_model("a")
     assert ("2", 2.0) == ask(client, "a")
+    assert "specific" not in configuration(client, "a")["version_policy"]
+
+
+def configuration(client, name):
+    if isinstance(client, tritonclient.grpc.InferenceServerClient):
+        return client.get_model_config(name, as_json=True)["config"]
+    return client.get_model_config(name)
 
 
 def test_what_goes_wrong_has_tritons_words_and_status(opened, wire, folder):

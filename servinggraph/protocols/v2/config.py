@@ -50,7 +50,14 @@ def model_config(catalog: Catalog, name: str, version: str = "") -> dict[str, An
                     return _of_node(graph, node)
         raise
     plan = graph.plan
-    return _document(plan.name, plan.inputs, plan.outputs or {}, graph.executor.max_rows, _of_graph(graph))
+    parts = {"version_policy": _version_policy(catalog.policies.get(plan.name, 1)), **_of_graph(graph)}
+    return _document(plan.name, plan.inputs, plan.outputs or {}, graph.executor.max_rows, parts)
+
+
+def _version_policy(policy: int | str | tuple[int, ...]) -> dict[str, Any]:
+    if isinstance(policy, int):
+        return {"latest": {"num_versions": policy}}
+    return {"all": {}} if isinstance(policy, str) else {"specific": {"versions": list(policy)}}
 
 
 def _of_node(graph: ServedGraph, found: PlanNode) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Process:
         self.text = ""
         for line in self.popen.stdout:
             self.text += line
-            if found := re.search(r"GRPC on grpc://([^:]+:\d+)", line):
+            if found := re.search(r"gRPC on ([^:]+:\d+)", line):
                 self.address = found[1]
                 break
         else:
