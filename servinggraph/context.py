@@ -65,6 +65,7 @@ class Context:
         runs_again: True in a batch of several requests that run again one by one if it fails:
             better fail than leave something out of every answer for the sake of one.
         trace: records what happens to this request; None for most.
+        failure: why the branch before this one failed, in a branch of a `fallback` router; else None.
     """
 
     __slots__ = (
@@ -72,6 +73,7 @@ class Context:
         "_on_idle",
         "_running",
         "deadline",
+        "failure",
         "graph",
         "headers",
         "id",
@@ -102,6 +104,7 @@ class Context:
         self.graph = graph
         self.runs_again = runs_again
         self.trace: Trace | None = None
+        self.failure: Exception | None = None
         self._cancelled = False
         self._running = 0
         self._on_idle: Callable[[], None] | None = None
@@ -182,7 +185,7 @@ class _View(Context):
         self._whole = whole
         self.id, self.headers, self.parameters = whole.id, whole.headers, whole.parameters
         self.priority, self.graph, self.runs_again = whole.priority, whole.graph, whole.runs_again
-        self.trace = whole.trace
+        self.trace, self.failure = whole.trace, whole.failure
         self.deadline, self.response_parameters = deadline, response_parameters
 
     @property

@@ -219,6 +219,8 @@ class Router(ABC, Generic[OptionsT]):
     Attributes:
         options_type: pydantic model of the keys that this kind understands in YAML.
         in_sequence: True when each branch gets what the branch before it gives.
+        decides_by_request: True when parameters, headers or single values of a request decide: requests that
+            are joined to a batch before it could not be told apart.
         name: the node's name.
         options: the validated options.
         base: folder that relative paths start from.
@@ -228,6 +230,7 @@ class Router(ABC, Generic[OptionsT]):
 
     options_type: ClassVar[type[Options]]
     in_sequence: ClassVar[bool] = False
+    decides_by_request: ClassVar[bool] = False
 
     def __init__(self, name: str, options: OptionsT, base: Path) -> None:
         self.name = name

@@ -21,6 +21,11 @@ STEPS: Final[Mapping[str, str]] = {
 }
 ROUTERS: Final[Mapping[str, str]] = {
     "ab": "servinggraph.routers.ab:Ab",
+    "choice": "servinggraph.routers.choice:Choice",
+    "cycle": "servinggraph.routers.cycle:Cycle",
+    "fallback": "servinggraph.routers.fallback:Fallback",
+    "filter": "servinggraph.routers.filter:Filter",
+    "map": "servinggraph.routers.map:Map",
     "chain": "servinggraph.routers.chain:Chain",
     "ensemble": "servinggraph.routers.ensemble:Ensemble",
 }

@@ -23,7 +23,7 @@ from servinggraph.spec.model import COMMON_KEYS, name_problem
 from servinggraph.spec.source import KeyPath
 from servinggraph.tensors import Signature, TensorSpec
 
-__all__ = ["NodeCompiler", "Tensors"]
+__all__ = ["NodeCompiler", "Tensors", "deciding_router", "undecided"]
 
 Tensors = Mapping[str, TensorSpec] | None
 """Tensors known to be on an edge; None when nothing is known of the value there."""
@@ -77,6 +77,9 @@ class NodeCompiler:
             return None
         self._check_inputs(signature, inside, path, name)
         self._check_batch(work, spec, signature, path, name)
+        deciding = deciding_router(name, work, branches)
+        if deciding is not None and (isinstance(spec.batch, BatchPolicy) or spec.batch is True):
+            self._report(f"cannot batch: {undecided(deciding)}", (*path, "batch"), name)
         if isinstance(work, Step) and work.unbatchable is not None and spec.batch not in (None, False):
             self._report(f"cannot batch: {work.unbatchable}", (*path, "batch"), name)
         self._check_purity(spec, work, path, name)
@@ -319,6 +322,19 @@ class NodeCompiler:
                 text = f"'keep' names '{tensor}', which does not reach this node{nearest(tensor, list(given))}"
                 self._report(text, (*path, "keep"), name)
         return {tensor: given[tensor] for tensor in spec.keep if tensor in given}
+
+
+def deciding_router(name: str, work: Step[Any] | Router[Any], branches: Mapping[str, PlanNode]) -> str | None:
+    """Return a router, the node itself or one inside it, that has to see each request by itself; None without one."""
+    if isinstance(work, Router) and work.decides_by_request:
+        return name
+    inside = (deciding_router(branch.name, branch.work, branch.branches) for branch in branches.values())
+    return next((found for found in inside if found is not None), None)
+
+
+def undecided(router: str) -> str:
+    """Say why a router cannot have joined requests."""
+    return f"router '{router}' decides for each request, and joined ones cannot be told apart; batch the nodes behind it"
 
 
 def _impurity(work: Step[Any] | Router[Any]) -> str | None:

@@ -39,6 +39,7 @@ class Ab(Router[AbOptions]):
     """
 
     options_type = AbOptions
+    decides_by_request = True
 
     def signature(self, branches: Mapping[str, Signature]) -> Signature:
         problems: list[Problem] = []

@@ -7,7 +7,7 @@ from typing import Any
 
 from servinggraph.interfaces import NodeSketch
 
-__all__ = ["Ab", "Chain", "Ensemble"]
+__all__ = ["Ab", "Chain", "Choice", "Cycle", "Ensemble", "Fallback", "Filter", "Map"]
 
 
 def Ab(  # noqa: N802  (reads as the kind that it makes)
@@ -46,3 +46,66 @@ def Ensemble(  # noqa: N802  (reads as the kind that it makes)
         options: keys of the `ensemble` router and of any node: `weights`, `quorum`, ...
     """
     return NodeSketch("router", "ensemble", {"combine": combine, **options}, dict(branches))
+
+
+Branches = Mapping[str, NodeSketch | Callable[..., Any]]
+
+
+def Choice(branches: Branches, when: Mapping[str, str], **options: Any) -> NodeSketch:  # noqa: N802
+    """Return a choice router for the builder.
+
+    Args:
+        branches: name to step, router or plain function.
+        when: branch to condition, in order.
+        options: keys of the `choice` router and of any node: `default` or `otherwise`, ...
+    """
+    return NodeSketch("router", "choice", {"when": dict(when), **options}, dict(branches))
+
+
+def Filter(  # noqa: N802
+    branch: NodeSketch | Callable[..., Any], when: str, otherwise: Mapping[str, str], **options: Any
+) -> NodeSketch:
+    """Return a filter router for the builder.
+
+    Args:
+        branch: what is behind the filter.
+        when: condition that lets a request through.
+        otherwise: the error that others get: `error` (a code) and `message`.
+        options: keys of any node.
+    """
+    return NodeSketch("router", "filter", {"when": when, "otherwise": dict(otherwise), **options}, {"then": branch})
+
+
+def Fallback(branches: Branches, **options: Any) -> NodeSketch:  # noqa: N802
+    """Return a fallback router for the builder.
+
+    Args:
+        branches: name to step, router or plain function, in the order in which they are tried.
+        options: keys of the `fallback` router and of any node: `on`, ...
+    """
+    return NodeSketch("router", "fallback", options, dict(branches))
+
+
+def Cycle(  # noqa: N802
+    branch: NodeSketch | Callable[..., Any], repeat_while: str, max_iterations: int, **options: Any
+) -> NodeSketch:
+    """Return a cycle router for the builder.
+
+    Args:
+        branch: what is repeated.
+        repeat_while: condition on what it gave.
+        max_iterations: most turns of a request.
+        options: keys of the `cycle` router and of any node: `at_limit`, ...
+    """
+    given = {"repeat_while": repeat_while, "max_iterations": max_iterations}
+    return NodeSketch("router", "cycle", {**given, **options}, {"turn": branch})
+
+
+def Map(branch: NodeSketch | Callable[..., Any], **options: Any) -> NodeSketch:  # noqa: N802
+    """Return a map router for the builder.
+
+    Args:
+        branch: what runs for each item.
+        options: keys of the `map` router and of any node: `concurrency`, `tolerate`, ...
+    """
+    return NodeSketch("router", "map", options, {"each": branch})

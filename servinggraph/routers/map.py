@@ -1,0 +1,139 @@
+"""The `map` router: its branch runs for each item of a list, or each row of the tensors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from servinggraph.concurrency import cancel_all
+from servinggraph.context import Context
+from servinggraph.errors import GraphInvalid, InvalidRequest, Problem, ServingGraphError, StepFailed
+from servinggraph.interfaces import Handler, Router, RouterOptions
+from servinggraph.tensors import Signature, row_count
+
+__all__ = ["Map", "MapOptions"]
+
+
+class MapOptions(RouterOptions):
+    """A branch that runs for each item."""
+
+    concurrency: int = Field(8, ge=1, le=1024, description="Items of a request that run at once.")
+    max_items: int = Field(10_000, ge=1, description="Most items of a request; more is refused.")
+    tolerate: float = Field(0, ge=0, description="Failed items that are borne: a share below 1, or a number from 1 on.")
+    on_failure: Literal["drop", "null"] = Field(
+        "drop", description="What stands for a failed item that is borne: nothing, or null (for lists only)."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> MapOptions:
+        if self.tolerate > 1 and self.tolerate != int(self.tolerate):
+            raise ValueError(f"tolerate is a share below 1 or a whole number, got {self.tolerate}")
+        return self
+
+
+class Map(Router[MapOptions]):
+    """Runs its one branch for each item of a list, or each row of the tensors, and joins the results in order.
+
+    Items that failed and were borne are counted in `<node>.failed`.
+    """
+
+    options_type = MapOptions
+
+    def signature(self, branches: Mapping[str, Signature]) -> Signature:
+        if len(branches) != 1:
+            raise GraphInvalid(
+                [Problem(f"takes one branch, what runs for each item; got {', '.join(branches)}", node="branches")]
+            )
+        (signature,) = branches.values()
+        return signature
+
+    def impurity(self) -> str | None:
+        return None if not self.options.tolerate else "leaves out items that fail"
+
+    async def route(self, value: Any, context: Context, branches: Mapping[str, Handler]) -> Any:
+        (branch,) = branches.values()
+        items, by_row = self._items(value)
+        if len(items) > self.options.max_items:
+            raise InvalidRequest(f"has {len(items)} items (limit 'max_items' = {self.options.max_items})")
+        if not items:
+            # Only the branch knows what tensors of no rows look like.
+            return await branch(value, context) if by_row else []
+        results = await self._run_all(items, context, branch)
+        failures = [result for result in results if isinstance(result, BaseException)]
+        if failures:
+            self._bear(failures, len(items))
+            context.response_parameters[f"{self.name}.failed"] = len(failures)
+        if not by_row:
+            return [None if isinstance(r, BaseException) else r for r in results if self._stays(r)]
+        return self._joined([result for result in results if not isinstance(result, BaseException)])
+
+    def describe(self) -> str:
+        return f"map ({self.options.concurrency} at once)"
+
+    def _items(self, value: Any) -> tuple[Sequence[Any], bool]:
+        if isinstance(value, list | tuple):
+            return value, False
+        if not isinstance(value, Mapping):
+            raise StepFailed(f"maps over a list or over rows of tensors, got a {type(value).__name__}")
+        try:
+            rows = row_count(value)
+        except (ValueError, AttributeError) as error:
+            raise StepFailed(f"cannot map over rows: {error}") from None
+        return [{name: array[row : row + 1] for name, array in value.items()} for row in range(rows)], True
+
+    async def _run_all(self, items: Sequence[Any], context: Context, branch: Handler) -> list[Any]:
+        """Return each item's result, or error; ends early once more have failed than are borne."""
+        results: list[Any] = [None] * len(items)
+        todo = iter(range(len(items)))
+        limit, failed = self._borne(len(items)), 0
+
+        async def work() -> None:
+            nonlocal failed
+            for index in todo:
+                if failed > limit:
+                    return
+                view = context.for_piece()
+                try:
+                    results[index] = await branch(items[index], view)
+                except ServingGraphError as error:
+                    failed += 1
+                    results[index] = error
+
+        workers = [asyncio.ensure_future(work()) for _ in range(min(self.options.concurrency, len(items)))]
+        try:
+            await asyncio.gather(*workers)
+        except BaseException:
+            await cancel_all(workers)
+            raise
+        return results
+
+    def _borne(self, items: int) -> int:
+        tolerate = self.options.tolerate
+        return int(tolerate * items) if tolerate < 1 else int(tolerate)
+
+    def _bear(self, failures: Sequence[BaseException], items: int) -> None:
+        """Raise the first failure when there are more than are borne, or nothing is left."""
+        borne = self._borne(items)
+        if len(failures) > borne or len(failures) == items:
+            first = failures[0]
+            if isinstance(first, ServingGraphError) and borne:
+                first.message = f"{len(failures)} items failed, {borne} of {items} are borne; the first: {first.message}"
+            raise first
+
+    def _stays(self, result: Any) -> bool:
+        return self.options.on_failure == "null" or not isinstance(result, BaseException)
+
+    @staticmethod
+    def _joined(results: Sequence[Any]) -> dict[str, Any]:
+        first = results[0]
+        for result in results:
+            if not isinstance(result, Mapping) or result.keys() != first.keys():
+                raise StepFailed("its branch gave different tensors for different rows")
+            for name, array in result.items():
+                if array.dtype != first[name].dtype or array.shape[1:] != first[name].shape[1:] or not array.ndim:
+                    raise StepFailed(f"its branch gave '{name}' in different datatypes or shapes for different rows")
+        return {name: np.concatenate([result[name] for result in results], dtype=first[name].dtype) for name in first}

@@ -1,0 +1,158 @@
+"""Small expressions over a request, for routers that decide: parsed and checked when the graph is compiled.
+
+`simpleeval` computes them; it walks the syntax tree and knows neither `eval` nor imports. On
+top of its own limits only the nodes, names and functions below are let through: no attributes, no
+powers, no comprehensions. Who writes a graph file can run code anyway; this is so that what a
+request brings can never make an expression do more than it says.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import numpy as np
+from simpleeval import EvalWithCompoundTypes, InvalidExpression
+
+from servinggraph.context import Context
+from servinggraph.errors import InvalidRequest, ServingGraphError, StepFailed, nearest
+from servinggraph.tensors import row_count
+
+__all__ = ["FUNCTIONS", "NAMES", "Expression"]
+
+NAMES: Final = ("inputs", "body", "parameters", "headers", "id", "rows")
+"""What an expression sees: tensors by name, the whole value, the request's parameters, headers, id, and number of rows."""
+
+
+def _get(mapping: Any, key: Any, default: Any = None) -> Any:
+    return mapping.get(key, default) if isinstance(mapping, Mapping) else default
+
+
+def _text(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _reduced(numpy_function: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that takes an array, a list, or several values."""
+
+    def call(*values: Any) -> Any:
+        if len(values) == 1 and isinstance(values[0], np.ndarray):
+            return numpy_function(values[0])
+        return plain(*values)
+
+    return call
+
+
+def _mean(values: Any) -> Any:
+    return np.mean(values)
+
+
+FUNCTIONS: Final[Mapping[str, Callable[..., Any]]] = {
+    "abs": abs,
+    "all": _reduced(np.all, all),
+    "any": _reduced(np.any, any),
+    "bool": bool,
+    "float": float,
+    "get": _get,
+    "int": int,
+    "len": len,
+    "lower": lambda text: _text(text).lower(),
+    "max": _reduced(np.max, max),
+    "mean": _mean,
+    "min": _reduced(np.min, min),
+    "str": _text,
+    "sum": _reduced(np.sum, sum),
+}
+
+_ALLOWED: Final = (
+    ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.UAdd, ast.BinOp,
+    ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Compare, ast.Eq, ast.NotEq, ast.Lt, ast.LtE,
+    ast.Gt, ast.GtE, ast.In, ast.NotIn, ast.Is, ast.IsNot, ast.Call, ast.Name, ast.Load, ast.Constant,
+    ast.Subscript, ast.List, ast.Tuple, ast.IfExp,
+)  # fmt: skip
+
+
+class Expression:
+    """A condition over a request.
+
+    Args:
+        text: the expression, in Python's syntax.
+
+    Raises:
+        ValueError: it cannot be parsed, or uses what there is not.
+    """
+
+    __slots__ = ("_evaluator", "_tree", "text")
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        try:
+            tree = ast.parse(text.strip(), mode="eval")
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            reason = error.msg if isinstance(error, SyntaxError) else error
+            raise ValueError(f"'{text}' is no expression: {reason}") from None
+        for node in ast.walk(tree):
+            if misfit := _misfit(node):
+                raise ValueError(f"'{text}' {misfit}")
+        self._tree = tree.body
+        self._evaluator = EvalWithCompoundTypes(functions=dict(FUNCTIONS), names={}, allowed_attrs={})
+
+    def holds(self, value: Any, context: Context) -> bool:
+        """Tell whether the expression is true of a request.
+
+        Raises:
+            InvalidRequest: it names a tensor, parameter or header that the request does not have.
+            StepFailed: it fails in any other way, or gives an array of several elements.
+        """
+        result = self.value(value, context)
+        try:
+            return bool(result)
+        except ValueError:
+            text = f"expression '{self.text}' gives {getattr(result, 'size', 'several')} truth values: use any(...) or all(...)"
+            raise StepFailed(text) from None
+
+    def value(self, value: Any, context: Context) -> Any:
+        """Return what the expression gives; errors as `holds`."""
+        is_mapping = isinstance(value, Mapping)
+        self._evaluator.names = {
+            "inputs": value if is_mapping else {},
+            "body": value,
+            "parameters": context.parameters,
+            "headers": context.headers,
+            "id": context.id,
+            "rows": _rows(value) if is_mapping else None,
+            "True": True,
+            "False": False,
+            "None": None,
+        }
+        try:
+            return self._evaluator.eval("", self._tree)
+        except ServingGraphError:
+            raise
+        except (KeyError, IndexError) as error:
+            text = f"expression '{self.text}' asks for {error}, which this request does not have"
+            raise InvalidRequest(f"{text}; get(mapping, key) gives None then") from None
+        except (InvalidExpression, Exception) as error:
+            raise StepFailed(f"expression '{self.text}' failed: {type(error).__name__}: {error}") from error
+
+
+def _misfit(node: ast.AST) -> str | None:
+    """Say why a part of an expression is not let through; None when it is."""
+    if not isinstance(node, _ALLOWED):
+        what = {"Attribute": "an attribute (write mapping['key'])", "Pow": "a power"}.get(type(node).__name__)
+        return f"has {what or type(node).__name__}, which expressions do not have"
+    if isinstance(node, ast.Call) and not isinstance(node.func, ast.Name):
+        return "calls something that is no function of expressions"
+    if isinstance(node, ast.Call) and node.keywords:
+        return "calls a function with a keyword argument, which expressions do not have"
+    if isinstance(node, ast.Name) and node.id not in NAMES and node.id not in FUNCTIONS:
+        return f"has an unknown name '{node.id}'{nearest(node.id, [*NAMES, *FUNCTIONS])}"
+    return None
+
+
+def _rows(value: Mapping[str, Any]) -> int | None:
+    try:
+        return row_count(value)
+    except (ValueError, AttributeError):
+        return None
