@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Final, Literal
 
 import numpy as np
 from pydantic import Field
@@ -15,13 +16,16 @@ from servinggraph.context import Context
 from servinggraph.errors import GraphInvalid, InvalidRequest, Problem, ServingGraphError, StepFailed, Unavailable
 from servinggraph.importing import ImportProblem, load_object
 from servinggraph.interfaces import Handler, Router, RouterOptions
+from servinggraph.routers.orders import maximum, median, trimmed_mean
 from servinggraph.routers.signatures import union_of_inputs
 from servinggraph.tensors import Array, Signature, TensorSpec, datatype_of
 
 __all__ = ["Ensemble", "EnsembleOptions"]
 
 Members = Mapping[str, Mapping[str, Array]]
-_RULES = ("mean", "weighted_mean", "vote")
+_WEIGHTED: Final = ("mean", "weighted_mean", "vote")
+_ORDERED: Final = ("median", "trimmed_mean", "max")
+_RULES: Final = (*_WEIGHTED, *_ORDERED)
 
 
 class EnsembleOptions(RouterOptions):
@@ -29,8 +33,14 @@ class EnsembleOptions(RouterOptions):
 
     combine: str | Callable[..., Any] = Field(
         "mean",
-        description="mean or weighted_mean of every floating output, vote over every label, or 'package.module:function' "
-        "that takes a mapping of member to its tensors.",
+        description="mean, weighted_mean, median, trimmed_mean or max of every floating output, vote over every label, or "
+        "'package.module:function' that takes a mapping of member to its tensors.",
+    )
+    trim: float | None = Field(
+        None, gt=0, lt=0.5, description="Share of members left out at either end, for trimmed_mean; rounded down."
+    )
+    wait: Literal["all", "quorum"] = Field(
+        "all", description="Answer when every member has answered or failed, or as soon as `quorum` of them have answered."
     )
     weights: dict[str, float] | None = Field(None, description="Weight of each member, for weighted_mean and vote.")
     quorum: int | None = Field(
@@ -48,7 +58,8 @@ class Ensemble(Router[EnsembleOptions]):
 
     Who answered stands in the response's parameters, `<node>.answered`. A member that fails
     is the request's failure, unless `quorum` members answered without it; then the answer is
-    made of those alone, with their weights normalised anew.
+    made of those alone, with their weights normalised anew. With `wait: quorum` it does not wait
+    for the others either: they are cancelled.
     """
 
     options_type = EnsembleOptions
@@ -60,12 +71,19 @@ class Ensemble(Router[EnsembleOptions]):
         weights = self.options.weights
         if self.options.combine == "weighted_mean" and weights is None:
             problems.append(Problem("'combine: weighted_mean' needs 'weights', one for each branch", node="combine"))
+        if (self.options.trim is None) == (self.options.combine == "trimmed_mean"):
+            problems.append(Problem("'trim' and 'combine: trimmed_mean' belong together", node="combine"))
+        if self.options.wait == "quorum" and self.options.quorum is None:
+            problems.append(Problem("'wait: quorum' needs 'quorum': how many answers are enough", node="wait"))
+        self._leaving: set[asyncio.Future[Any]] = set()
         if self.options.combine not in _RULES:
             problems.extend(
                 Problem(f"'{key}' is for {', '.join(_RULES)}: a function of your own gets all that the members gave", node=key)
                 for key in ("weights", "tensors")
                 if getattr(self.options, key) is not None
             )
+        elif weights is not None and self.options.combine in _ORDERED:
+            problems.append(Problem(f"'combine: {self.options.combine}' takes no 'weights'", node="weights"))
         elif weights is not None:
             problems.extend(self._weight_problems(weights, names))
         self._weights = {name: (weights or {}).get(name, 1.0) for name in names}
@@ -102,17 +120,26 @@ class Ensemble(Router[EnsembleOptions]):
         return f"ensemble ({rule})"
 
     async def _at_least_quorum(self, names: Sequence[str], calls: Sequence[Any], context: Context) -> dict[str, Any]:
-        """Wait for every member, and go on with those that answered if they are enough."""
+        """Wait for the members, and go on with those that answered if they are enough."""
         futures = started(calls)
         try:
-            outcomes = await asyncio.gather(*futures, return_exceptions=True)
+            if self.options.wait == "quorum":
+                await self._first_quorum(futures, context)
+            else:
+                await asyncio.wait(futures)
         except BaseException:
             await cancel_all(futures)
             raise
         members: dict[str, Any] = {}
         failures: dict[str, BaseException] = {}
-        for name, outcome in zip(names, outcomes, strict=True):
-            (failures if isinstance(outcome, BaseException) else members)[name] = outcome
+        for name, future in zip(names, futures, strict=True):
+            if future in self._leaving:
+                continue
+            error = asyncio.CancelledError() if future.cancelled() else future.exception()
+            if error is None:
+                members[name] = future.result()
+            else:
+                failures[name] = error
         if context.runs_again:
             for error in failures.values():
                 if not getattr(error, "retryable", False):
@@ -126,12 +153,41 @@ class Ensemble(Router[EnsembleOptions]):
             raise Unavailable(text) from first
         return members
 
+    async def _first_quorum(self, futures: Sequence[asyncio.Future[Any]], context: Context) -> None:
+        """Wait until enough members have answered, or so many have failed that they cannot; cancel the rest."""
+        pending = {future for future in futures if not future.done()}
+        while pending:
+            answered = sum(1 for f in futures if f.done() and not f.cancelled() and f.exception() is None)
+            if answered >= self._quorum or answered + len(pending) < self._quorum:
+                break
+            _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        for future in pending:
+            # Not waited for: what it holds is freed when it has really ended, the request's slot included.
+            context.begin_work()
+            self._leaving.add(future)
+            future.add_done_callback(partial(self._left, context))
+            future.cancel()
+
+    def _left(self, context: Context, future: asyncio.Future[Any]) -> None:
+        self._leaving.discard(future)
+        if not future.cancelled():
+            future.exception()  # looked at: its answer came too late to matter
+        context.end_work()
+
+    async def stop(self) -> None:
+        if self._leaving:
+            await asyncio.wait(set(self._leaving))
+
     def _rule(self, problems: list[Problem]) -> Callable[[Members], Any]:
         combine = self.options.combine
         if combine in ("mean", "weighted_mean"):
             return self._mean
         if combine == "vote":
             return self._vote
+        if combine in _ORDERED:
+            trim = self.options.trim or 0.0
+            rule = {"median": median, "max": maximum}.get(str(combine), partial(trimmed_mean, trim=trim))
+            return lambda members: {column: rule(self._stack(members, column), column) for column in self._columns(members)}
         if isinstance(combine, str):
             if ":" not in combine:
                 text = f"unknown rule '{combine}': expected {', '.join(_RULES)}, or 'package.module:function'"

@@ -388,7 +388,7 @@ def test_a_member_cannot_change_the_others_input() -> None:
         ("mean", {"quorum": 3}, "'quorum' is 3, but there are 2 branches"),
         ("mean", {"quorum": 0}, "quorum"),
         ("mean", {"tensors": []}, "tensors"),
-        ("median", {}, "unknown rule 'median'"),
+        ("mode", {}, "unknown rule 'mode'"),
         ("no.such:thing", {}, "no"),
         (print, {"weights": {"a": 1, "b": 1}}, "'weights' is for"),
         (print, {"tensors": ["y"]}, "'tensors' is for"),
@@ -447,3 +447,122 @@ def test_a_request_in_pieces_tells_all_its_members_where_the_pieces_differ() -> 
     result = asyncio.run(answer(graph, context, value))
     assert [5.0, 5.0, 9.0] == result["y"][:, 0].tolist()
     assert {"score.answered": "a,b; b"} == context.response_parameters
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ml_dtypes.bfloat16])
+@pytest.mark.parametrize(
+    ("combine", "options", "expected"),
+    [
+        ("median", {}, [2.0, 5.0]),
+        ("max", {}, [64.0, 8.0]),
+        ("trimmed_mean", {"trim": 0.2}, [2.0, 5.0]),
+        ("trimmed_mean", {"trim": 0.45}, [2.0, 5.0]),
+        ("trimmed_mean", {"trim": 0.1}, [14.2, 5.0]),
+    ],
+)
+def test_rules_that_order_what_members_gave(dtype: Any, combine: str, options: Any, expected: list[float]) -> None:
+    columns = [(1.0, 2.0), (2.0, 5.0), (64.0, 5.0), (1.0, 5.0), (3.0, 8.0)]
+    members = {f"m{i}": gives(*numbers, dtype=dtype) for i, numbers in enumerate(columns)}
+    graph = Graph("g", {"x": ("FP32", [-1, 1])})
+    graph.to(routers.Ensemble(members, combine=combine, **options), "n").respond()
+    with graph.mock() as server:
+        y = server.infer(X).outputs["y"]
+    assert np.dtype(dtype) == y.dtype
+    np.testing.assert_allclose(y.astype("f8"), expected, rtol=0.01)
+
+
+def test_labels_have_no_median() -> None:
+    graph = Graph("g", {"x": ("FP32", [-1, 1])})
+    graph.to(routers.Ensemble({"a": gives(1, dtype="i8"), "b": gives(2, dtype="i8")}, combine="median"), "n").respond()
+    with graph.mock() as server, pytest.raises(StepFailed, match="labels have no order"):
+        server.infer(X)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"combine": "trimmed_mean"}, "belong together"),
+        ({"combine": "median", "trim": 0.1}, "belong together"),
+        ({"combine": "median", "weights": {"a": 1, "b": 1}}, "takes no 'weights'"),
+        ({"combine": "mean", "wait": "quorum"}, "needs 'quorum'"),
+        ({"combine": "trimmed_mean", "trim": 0.5}, "trim"),
+    ],
+)
+def test_rules_and_options_that_do_not_fit_are_refused(options: Any, text: str) -> None:
+    graph = Graph("g", {"x": ("FP32", [-1, 1])})
+    graph.to(routers.Ensemble({"a": gives(1), "b": gives(2)}, **options), "n").respond()
+    with pytest.raises(GraphInvalid, match=text):
+        graph.compile()
+
+
+def test_with_wait_quorum_the_first_answers_are_enough_and_the_others_are_cancelled(
+    run: Run, manual_clock: ManualClock
+) -> None:
+    ended: list[str] = []
+
+    def member(number: float, seconds: float) -> Callable[[Any], Any]:
+        async def work(value: Any) -> Any:
+            try:
+                await asyncio.sleep(seconds)
+            finally:
+                ended.append(f"{number:g}")
+            return {"y": np.array([number], "f4")}
+
+        return work
+
+    members = {"slow": member(100, 5), "one": member(1, 0.1), "two": member(3, 0.2)}
+    graph = Graph("g", {"x": ("FP32", [-1, 1])})
+    graph.to(routers.Ensemble(members, combine="mean", quorum=2, wait="quorum"), "n").respond()
+
+    async def check() -> None:
+        async with graph.mock() as server:
+            request = asyncio.ensure_future(server.infer(X))
+            await manual_clock.advance(0.15)
+            assert not request.done()
+            await manual_clock.advance(0.06)
+            reply = await request
+            assert ([2.0], "one,two") == (reply.outputs["y"].tolist(), reply.parameters["n.answered"])
+            assert (["1", "3", "100"], 0) == (ended, server.in_flight)
+
+    run(check())
+
+
+def test_a_member_that_does_not_end_at_once_keeps_the_slot_and_not_the_caller(run: Run, manual_clock: ManualClock) -> None:
+    async def stubborn(value: Any) -> Any:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(1)
+
+    graph = Graph("g", {"x": ("FP32", [-1, 1])})
+    members = {"stubborn": stubborn, "one": gives(1), "two": FakeModel({"y": [3.0]}, delay_s=0.005)}
+    graph.to(routers.Ensemble(members, combine="mean", quorum=2, wait="quorum"), "n").respond()
+
+    async def check() -> None:
+        async with graph.mock() as server:
+            request = asyncio.ensure_future(server.infer(X))
+            await manual_clock.advance(0.01)
+            assert [2.0] == (await request).outputs["y"].tolist()
+            assert 1 == server.in_flight
+            await manual_clock.advance(2)
+            assert 0 == server.in_flight
+
+    run(check())
+
+
+def test_with_wait_quorum_too_many_failures_end_it_at_once(run: Run, manual_clock: ManualClock) -> None:
+    async def slow(value: Any) -> Any:
+        await asyncio.sleep(60)
+
+    graph = Graph("g", {"x": ("FP32", [-1, 1])})
+    members = {"a": fails(ValueError("no")), "b": fails(ValueError("no")), "slow": slow}
+    graph.to(routers.Ensemble(members, combine="mean", quorum=2, wait="quorum"), "n").respond()
+
+    async def check() -> None:
+        async with graph.mock() as server:
+            request = asyncio.ensure_future(server.infer(X))
+            await manual_clock.advance(0.01)
+            assert isinstance(request.exception(), Unavailable)
+            assert 0 == server.in_flight
+
+    run(check())
