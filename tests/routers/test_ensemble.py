@@ -535,7 +535,7 @@ def test_a_member_that_does_not_end_at_once_keeps_the_slot_and_not_the_caller(ru
             await asyncio.sleep(1)
 
     graph = Graph("g", {"x": ("FP32", [-1, 1])})
-    members = {"stubborn": stubborn, "one": gives(1, 1), "two": FakeModel({"y": [3.0, 3.0]}, delay_s=0.005)}
+    members = {"stubborn": stubborn, "one": gives(1, 1), "two": FakeModel({"y": np.array([3, 3], "f4")}, delay_s=0.005)}
     graph.to(routers.Ensemble(members, combine="mean", quorum=2, wait="quorum"), "n").respond()
 
     async def check() -> None:
