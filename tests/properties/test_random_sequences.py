@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, strategies as st
 
 from servinggraph.context import Context
@@ -175,6 +176,7 @@ async def play(clock, schedule, limits):
     assert (0, {}) == (len(sequencer), watch.running)
 
 
+@pytest.mark.timeout(3600)
 @given(SCHEDULES, LIMITS)
 def test_sequences_are_right_whatever_happens(schedule, limits):
     clock = ManualClock()
