@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
     from servinggraph.tracing import Trace
 
 from servinggraph.sequence import Turn
 
-__all__ = ["Context", "Headers", "ParameterValue"]
+__all__ = ["Context", "Headers", "Meter", "ParameterValue"]
 
 ParameterValue = str | int | float | bool
 
@@ -50,6 +50,18 @@ class Headers(Mapping[str, str]):
 _NO_HEADERS: Final = Headers()
 
 
+class Meter(Protocol):
+    """Takes what steps count and observe."""
+
+    def count(self, name: str, amount: float) -> None:
+        """Add to a counter."""
+        ...
+
+    def observe(self, name: str, value: float) -> None:
+        """Take one value of a quantity."""
+        ...
+
+
 class Context:
     """Identity, limits and side channel of one request.
 
@@ -66,6 +78,7 @@ class Context:
             better fail than leave something out of every answer for the sake of one.
         trace: records what happens to this request; None for most.
         failure: why the branch before this one failed, in a branch of a `fallback` router; else None.
+        meter: takes what `count` and `observe` are given; None where nobody asks for it.
     """
 
     __slots__ = (
@@ -77,6 +90,7 @@ class Context:
         "graph",
         "headers",
         "id",
+        "meter",
         "parameters",
         "priority",
         "response_parameters",
@@ -105,6 +119,7 @@ class Context:
         self.runs_again = runs_again
         self.trace: Trace | None = None
         self.failure: Exception | None = None
+        self.meter: Meter | None = None
         self._cancelled = False
         self._running = 0
         self._on_idle: Callable[[], None] | None = None
@@ -134,6 +149,32 @@ class Context:
     def abandon(self) -> None:
         """Note that nobody waits for the answer any more."""
         self._cancelled = True
+
+    def count(self, name: str, amount: float = 1) -> None:
+        """Add to a counter of the step's own.
+
+        Args:
+            name: the counter's, a word such as `cache_hits`.
+            amount: 0 or more.
+        """
+        if self.meter is not None:
+            self.meter.count(name, amount)
+
+    def observe(self, name: str, value: float) -> None:
+        """Hand over one value of a quantity of the step's own, for metrics and for a router that compares its branches by it.
+
+        Args:
+            name: the quantity's, a word such as `confidence`.
+            value: the value.
+        """
+        if self.meter is not None:
+            self.meter.observe(name, value)
+
+    def metered(self, meter: Meter) -> Context:
+        """Return a view of this context with a meter of its own, which hands on to this one's what it wants to."""
+        view = _View(self, self.deadline, self.response_parameters)
+        view.meter = meter
+        return view
 
     def with_deadline(self, deadline: float) -> Context:
         """Return a view of this context with an earlier deadline; everything else is shared."""
@@ -185,7 +226,7 @@ class _View(Context):
         self._whole = whole
         self.id, self.headers, self.parameters = whole.id, whole.headers, whole.parameters
         self.priority, self.graph, self.runs_again = whole.priority, whole.graph, whole.runs_again
-        self.trace, self.failure = whole.trace, whole.failure
+        self.trace, self.failure, self.meter = whole.trace, whole.failure, whole.meter
         self.deadline, self.response_parameters = deadline, response_parameters
 
     @property

@@ -74,3 +74,33 @@ def test_parameters_of_a_piece_stand_apart_and_those_behind_a_deadline_do_not() 
     whole.with_deadline(1).response_parameters["a"] = 1
     whole.for_piece().response_parameters["b"] = 2
     assert {"a": 1} == whole.response_parameters
+
+
+class Noted:
+    def __init__(self) -> None:
+        self.got: list[tuple[str, str, float]] = []
+
+    def count(self, name: str, amount: float) -> None:
+        self.got.append(("count", name, amount))
+
+    def observe(self, name: str, value: float) -> None:
+        self.got.append(("observe", name, value))
+
+
+def test_what_a_step_counts_and_observes_goes_to_the_meter_through_every_view() -> None:
+    outer, inner = Noted(), Noted()
+    context = Context(deadline=5)
+    context.count("unheard")
+    context.observe("unheard", 1)
+    context.meter = outer
+    context.with_deadline(1).for_piece().count("hits")
+    context.metered(inner).with_deadline(1).observe("score", 0.5)
+    assert [("count", "hits", 1)] == outer.got
+    assert [("observe", "score", 0.5)] == inner.got
+
+
+def test_a_view_with_another_meter_shares_everything_else() -> None:
+    context = Context("id", deadline=5)
+    view = context.metered(Noted())
+    view.response_parameters["a"] = 1
+    assert ("id", 5, {"a": 1}) == (view.id, view.deadline, context.response_parameters)

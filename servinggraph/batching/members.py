@@ -141,6 +141,8 @@ class SharedContext(Context):
         super().__init__(graph=batch[0].context.graph, deadline=deadline, runs_again=runs_again)
         # What runs inside is traced for the first member that is.
         self.trace = next((waiter.context.trace for waiter in batch if waiter.context.trace is not None), None)
+        # What a run counts, it counts once, however many members it has.
+        self.meter = next((waiter.context.meter for waiter in batch if waiter.context.meter is not None), None)
         self._batch = batch
 
     @property

@@ -1,6 +1,7 @@
-"""How routers choose a branch: keys taken from requests, and weights with a stable hash."""
+"""How routers choose a branch: keys taken from requests, weights with a stable hash, and what was decided for whom."""
 
+from servinggraph.routers.selection.decisions import Decisions
 from servinggraph.routers.selection.keys import KeyReader, key_reader
 from servinggraph.routers.selection.weights import Weights, weights_problem
 
-__all__ = ["KeyReader", "Weights", "key_reader", "weights_problem"]
+__all__ = ["Decisions", "KeyReader", "Weights", "key_reader", "weights_problem"]
