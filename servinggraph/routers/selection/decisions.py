@@ -88,7 +88,7 @@ class Decisions(Generic[T]):
     def _forget(self, now: float) -> None:
         noted, oldest = self._noted, now - self._age_s
         while noted:
-            id = next(iter(noted))
-            if noted[id][0] >= oldest:
+            first = next(iter(noted))
+            if noted[first][0] >= oldest:
                 return
-            del noted[id]
+            del noted[first]

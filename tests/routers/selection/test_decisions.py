@@ -48,16 +48,16 @@ def test_it_answers_as_a_plain_list_of_the_past_would(size: int, steps: list[tup
     past: list[tuple[str, int, int]] = []
     claimed: set[int] = set()
     now = 0
-    for number, (what, id, later) in enumerate(steps):
+    for number, (what, name, later) in enumerate(steps):
         now += later
         if what == "n":
-            decisions.note(id, number, now)
-            past = [entry for entry in past if entry[0] != id] + [(id, number, now)]
+            decisions.note(name, number, now)
+            past = [entry for entry in past if entry[0] != name] + [(name, number, now)]
             past = past[-size:]
         else:
             past = [entry for entry in past if entry[2] >= now - 5]
-            expected = next((entry[1] for entry in past if entry[0] == id and entry[1] not in claimed), None)
-            assert expected == decisions.claim(id, "reward", now)
+            expected = next((entry[1] for entry in past if entry[0] == name and entry[1] not in claimed), None)
+            assert expected == decisions.claim(name, "reward", now)
             if expected is not None:
                 claimed.add(expected)
         assert len(decisions) <= size
