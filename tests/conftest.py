@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import importlib.util
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,3 +66,51 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(10)
+
+
+def _cluster(folder: Path, size: int) -> Any:
+    # By path: tests are imported with importlib, which gives files of a folder no common package.
+    name = "kafka_broker"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name].Cluster(folder, size)
+
+
+@pytest.fixture(scope="session")
+def kafka_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Return a real Kafka broker that ends with the tests; a test asks for `kafka`."""
+    broker = _cluster(tmp_path_factory.mktemp("kafka"), 1)
+    try:
+        broker.start()
+        yield broker
+    finally:
+        broker.stop()
+
+
+@pytest.fixture
+def kafka(kafka_process: Any) -> Iterator[Any]:
+    """Return a real Kafka broker, `tests/kafka_broker.py`; what a test kills or pauses runs again for the next one."""
+    yield kafka_process
+    kafka_process.mend()
+
+
+@pytest.fixture(scope="session")
+def kafka_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Return three brokers that end with the tests; a test asks for `kafka_cluster`."""
+    cluster = _cluster(tmp_path_factory.mktemp("kafka-cluster"), 3)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture
+def kafka_cluster(kafka_processes: Any) -> Iterator[Any]:
+    """Return a cluster of three brokers, each with a replica of every topic."""
+    yield kafka_processes
+    kafka_processes.mend()
