@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from servinggraph.interfaces import BatchPolicy, SequencePolicy
+from servinggraph.kafka import KafkaOptions
 from servinggraph.registry import kinds, load_kind
 from servinggraph.server import ServerOptions
 from servinggraph.spec import GraphSpec, NodeSpec, Rename, TensorModel
@@ -26,6 +27,14 @@ def table(model: Any) -> list[str]:
         meaning = (field.description or "").replace("|", "\\|")
         rows.append(f"| `{name}` | {default} | {meaning} |")
     return [*rows, ""]
+
+
+def inner_tables(options: Any) -> list[str]:
+    """Return the tables of the models that stand in a model's fields, alone or in lists."""
+    inner = {name: next(iter(get_args(f.annotation)), f.annotation) for name, f in options.model_fields.items()}
+    return [
+        line for name, model in inner.items() if hasattr(model, "model_fields") for line in (f"`{name}`:", "", *table(model))
+    ]
 
 
 def page() -> str:
@@ -60,6 +69,10 @@ def page() -> str:
         "## `sequences`",
         "",
         *table(SequencePolicy),
+        "## `kafka`",
+        "",
+        *table(KafkaOptions),
+        *inner_tables(KafkaOptions),
         "## Steps",
         "",
     ]
@@ -68,12 +81,7 @@ def page() -> str:
             lines += ["## Routers", ""]
         for kind in sorted(kinds(group)):
             options = load_kind(group, kind).options_type
-            # A model, or a list of them.
-            inner = {name: next(iter(get_args(f.annotation)), f.annotation) for name, f in options.model_fields.items()}
-            nested = {name: model for name, model in inner.items() if hasattr(model, "model_fields")}
-            lines += [f"### `{key}: {kind}`", "", *table(options)]
-            for name, model in nested.items():
-                lines += [f"`{name}`:", "", *table(model)]
+            lines += [f"### `{key}: {kind}`", "", *table(options), *inner_tables(options)]
     lines += [
         "## `servinggraph serve`",
         "",

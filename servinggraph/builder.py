@@ -77,7 +77,7 @@ class Graph:
         inputs: input tensor to (datatype, shape), -1 for any size; or "body" for a graph that takes
             one free-form value.
         version: a positive integer.
-        options: other keys of a graph file: `outputs`, `timeout_ms`, `batch`, `description`.
+        options: other keys of a graph file: `outputs`, `timeout_ms`, `batch`, `kafka`, `description`.
     """
 
     def __init__(

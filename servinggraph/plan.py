@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from servinggraph.interfaces import BatchPolicy, CachePolicy, Router, SequencePolicy, Step
+from servinggraph.kafka import KafkaOptions
 from servinggraph.policies import Guards
 from servinggraph.tensors import Signature, TensorSpec
 
@@ -76,6 +77,7 @@ class Plan:
         body_keys: what the first nodes look up by name in that value, which then has to be a
             mapping; None when they take it whole.
         sequences: how requests form sequences, None where they do not.
+        kafka: topics that bring requests and take answers; None without any.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Plan:
     body: bool = False
     body_keys: Mapping[str, TensorSpec] | None = None
     sequences: SequencePolicy | None = None
+    kafka: KafkaOptions | None = None
 
     @property
     def decoupled(self) -> bool:

@@ -105,6 +105,7 @@ def compile_graph(
         body=takes_body,
         body_keys=body_keys(nodes.values()) if takes_body else None,
         sequences=spec.sequences,
+        kafka=spec.kafka,
     )
 
 
