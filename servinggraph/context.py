@@ -74,6 +74,8 @@ class Context:
         response_parameters: what steps add here is sent with the answer.
         priority: 1 is served first; 0 takes the batch queue's default level.
         graph: name of the graph that runs.
+        route: route that the request's URL names (`/v2/models/{graph}/routes/{route}/infer`); empty for none.
+        version: version that the request asks for, of a graph that takes versions apart; empty for none.
         runs_again: True in a batch of several requests that run again one by one if it fails:
             better fail than leave something out of every answer for the sake of one.
         trace: records what happens to this request; None for most.
@@ -94,8 +96,10 @@ class Context:
         "parameters",
         "priority",
         "response_parameters",
+        "route",
         "runs_again",
         "trace",
+        "version",
     )
 
     def __init__(
@@ -116,6 +120,7 @@ class Context:
         self.response_parameters: dict[str, ParameterValue] = {}
         self.priority = priority
         self.graph = graph
+        self.route = self.version = ""
         self.runs_again = runs_again
         self.trace: Trace | None = None
         self.failure: Exception | None = None
@@ -227,6 +232,7 @@ class _View(Context):
         self.id, self.headers, self.parameters = whole.id, whole.headers, whole.parameters
         self.priority, self.graph, self.runs_again = whole.priority, whole.graph, whole.runs_again
         self.trace, self.failure, self.meter = whole.trace, whole.failure, whole.meter
+        self.route, self.version = whole.route, whole.version
         self.deadline, self.response_parameters = deadline, response_parameters
 
     @property

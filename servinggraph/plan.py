@@ -100,6 +100,18 @@ class Plan:
         """True when a request may have any number of answers, because a node is a generator."""
         return any(node.streams for node in self.nodes)
 
+    @property
+    def routes(self) -> bool:
+        """True when a router chooses by the route in a request's URL."""
+        return any(isinstance(node.work, Router) and node.work.routes for node in self.every_node())
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """Versions that requests may ask for: those that a router takes apart, else the graph's own."""
+        routers = [node.work for node in self.every_node() if isinstance(node.work, Router)]
+        versions = {version for router in routers for version in router.versions}
+        return tuple(sorted(versions or {self.version}, key=int))
+
     def every_node(self) -> list[PlanNode]:
         """Return all nodes, branches of routers included, parents first."""
         found: list[PlanNode] = []

@@ -26,6 +26,7 @@ ROUTERS: Final[Mapping[str, str]] = {
     "fallback": "servinggraph.routers.fallback:Fallback",
     "filter": "servinggraph.routers.filter:Filter",
     "map": "servinggraph.routers.map:Map",
+    "model": "servinggraph.routers.model:Model",
     "chain": "servinggraph.routers.chain:Chain",
     "ensemble": "servinggraph.routers.ensemble:Ensemble",
 }

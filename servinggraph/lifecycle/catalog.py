@@ -39,6 +39,7 @@ class ServedGraph:
         tracer: picks requests to trace; None while none is to be traced.
         finish: makes the answer of what the last node gave: tensors, or a `Body` where the graph
             takes one.
+        routed: True when the route or version that a request names decides inside the graph.
         sequences: keeps the order of its sequences; None where it declares none.
         run: runs one request: the executor's own, or that in its sequence's turn.
         stream: the same for any number of answers.
@@ -56,6 +57,7 @@ class ServedGraph:
     requests: int = 0
     tracer: Tracer | None = field(default=None, repr=False)
     finish: Callable[[Any, Mapping[str, TensorSpec] | None, str], Any] = field(init=False, repr=False)
+    routed: bool = field(init=False, repr=False)
     sequences: Sequencer | None = field(init=False, default=None, repr=False)
     run: Handler = field(init=False, repr=False)
     stream: Callable[[Any, Context], AsyncGenerator[Any, None]] = field(init=False, repr=False)
@@ -65,6 +67,7 @@ class ServedGraph:
 
     def __post_init__(self) -> None:
         self.finish = answer_body if self.plan.body else answer_tensors
+        self.routed = self.plan.routes or self.plan.versions != (self.plan.version,)
         self.run, self.stream = self.executor.run, self.executor.stream
         if self.plan.sequences is not None:
             self.sequences = Sequencer(self.plan, self.plan.sequences, self.executor.run, self.executor.stream)
@@ -236,9 +239,10 @@ class Catalog:
                 raise GraphNotFound(f"Request for unknown model: '{name}' has no available versions")
             raise GraphNotFound(f"Request for unknown model: '{name}' is not found")
         if version:
-            graph = versions.get(version)
+            graph = versions.get(version) or self._taking(version, versions)
             if graph is None:
-                raise GraphNotFound(f"Request for unknown model: '{name}' version {version} is not found")
+                hint = f"; there are {', '.join(self.versions(name))}" if any(one.routed for one in versions.values()) else ""
+                raise GraphNotFound(f"Request for unknown model: '{name}' version {version} is not found{hint}")
             if not graph.ready:
                 raise Unavailable(f"Request for unknown model: '{name}' version {version} is not at ready state")
             return graph
@@ -249,7 +253,18 @@ class Catalog:
 
     def versions(self, name: str) -> list[str]:
         """Return the versions of a graph that are ready, in order."""
-        return sorted((number for number, graph in self._graphs.get(name, {}).items() if graph.ready), key=int)
+        ready = [graph for graph in self._graphs.get(name, {}).values() if graph.ready]
+        return sorted({version for graph in ready for version in graph.plan.versions}, key=int)
+
+    def versions_of(self, graph: ServedGraph) -> set[str]:
+        """Return the versions with which requests reach a graph: its own, and those that it takes apart and no other is."""
+        others = self._graphs[graph.plan.name].keys() - {graph.plan.version}
+        return {graph.plan.version, *graph.plan.versions} - others
+
+    def _taking(self, version: str, graphs: Mapping[str, ServedGraph]) -> ServedGraph | None:
+        """Return the newest graph inside of which a version is taken apart from others; None without one."""
+        taking = [number for number, graph in graphs.items() if graph.routed and version in graph.plan.versions]
+        return graphs[max(taking, key=int)] if taking else None
 
     @property
     def ready(self) -> bool:

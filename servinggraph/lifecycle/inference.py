@@ -60,7 +60,12 @@ async def infer(graph: ServedGraph, request: InferenceRequest, context: Context)
         if context.trace is not None:
             context.trace.end(outputs)
     return InferenceResponse(
-        plan.name, plan.version, outputs, request.id, context.response_parameters, graph.executor.max_rows > 0
+        plan.name,
+        context.version or plan.version,
+        outputs,
+        request.id,
+        context.response_parameters,
+        graph.executor.max_rows > 0,
     )
 
 
@@ -90,7 +95,8 @@ async def stream(graph: ServedGraph, request: InferenceRequest, context: Context
                 progress.answered()
                 if context.trace is not None:
                     context.trace.answer(outputs)
-                yield InferenceResponse(plan.name, plan.version, outputs, request.id, dict(context.response_parameters))
+                version = context.version or plan.version
+                yield InferenceResponse(plan.name, version, outputs, request.id, dict(context.response_parameters))
                 progress.asked()
         progress.ended(request.inputs)
     except ServingGraphError as error:

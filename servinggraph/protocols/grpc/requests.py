@@ -88,6 +88,8 @@ class Requests:
         plan = graph.plan
         context.id = message.id
         context.graph = plan.name
+        if graph.routed:
+            context.version = version_of(message.model_version)
         context.headers = Metadata(call)  # type: ignore[arg-type]  # decoded when looked at
         request = decode_request(message, raw, plan.name, plan.inputs, plan.outputs, self._limits, self.serving.memory)
         left = call.time_remaining()
@@ -129,7 +131,8 @@ class Requests:
         for graph in catalog.graphs():
             if graph.ready and not graph.plan.body:
                 name = graph.plan.name
-                table[name, graph.plan.version] = graph, graph.plan.decoupled
+                for version in catalog.versions_of(graph):
+                    table[name, version] = graph, graph.plan.decoupled
                 newest = catalog.get(name)
                 if not newest.plan.body:
                     table[name, ""] = newest, newest.plan.decoupled

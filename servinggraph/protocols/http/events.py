@@ -17,7 +17,17 @@ from servinggraph.context import Context
 from servinggraph.errors import DeadlineExceeded, ServingGraphError, StepFailed
 from servinggraph.lifecycle import ServedGraph, Serving
 from servinggraph.messages import InferenceResponse
-from servinggraph.protocols.http.exchange import ASGIApp, ClientGone, Exchange, Message, Receive, Scope, Send, send_whole
+from servinggraph.protocols.http.exchange import (
+    ASGIApp,
+    ClientGone,
+    Exchange,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    addressed,
+    send_whole,
+)
 from servinggraph.protocols.http.status import error_response
 from servinggraph.protocols.http.wire import ABORT, UNFRAMED
 from servinggraph.protocols.v2.generate import event
@@ -146,7 +156,7 @@ class EventExchange(Exchange[Any]):
         headers = dict(scope["headers"])
         task = asyncio.current_task(self._loop)
         assert task is not None  # an ASGI server calls from a task
-        context = Context()
+        context = addressed(scope) if graph.routed else Context()
         try:
             self._admission.enter()
         except ServingGraphError as error:

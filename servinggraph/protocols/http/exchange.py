@@ -19,7 +19,19 @@ from servinggraph.protocols.http.status import error_response
 from servinggraph.protocols.http.wire import REPLY, STATUS_LINE
 from servinggraph.protocols.v2.compression import accepted_coding, compress, decompress
 
-__all__ = ["JSON_FIELD", "ASGIApp", "ClientGone", "Exchange", "Message", "Receive", "Scope", "Send", "send_whole"]
+__all__ = [
+    "JSON_FIELD",
+    "ROUTE",
+    "ASGIApp",
+    "ClientGone",
+    "Exchange",
+    "Message",
+    "Receive",
+    "Scope",
+    "Send",
+    "addressed",
+    "send_whole",
+]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -27,6 +39,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+ROUTE: Final = "servinggraph.route"
+"""Where the route that a URL names stands in the scope."""
 _NO_EXTENSIONS: Final[dict[str, Any]] = {}
 JSON_FIELD: Final = (b"content-type", b"application/json")
 _CLOSE: Final = (b"connection", b"close")
@@ -109,7 +123,7 @@ class Exchange(ABC, Generic[AnswerT]):
         # With the loop given: without it Python 3.11 asks the kernel for the process id first.
         task = asyncio.current_task(self._loop)
         assert task is not None  # an ASGI server calls from a task
-        context = Context()
+        context = addressed(scope) if graph.routed else Context()
         try:
             self._admission.enter()
         except ServingGraphError as error:
@@ -245,6 +259,15 @@ def _head(status: int, headers: list[tuple[bytes, bytes]], length: int) -> bytes
         return b"%b%d\r\n" % (_JSON_HEAD, length)
     lines = [STATUS_LINE[status], *(b"%b: %b\r\n" % header for header in headers), b"content-length: %d\r\n" % length]
     return b"".join(lines)
+
+
+def addressed(scope: Scope) -> Context:
+    """Return a context that knows which route and version of a graph the URL names."""
+    context = Context()
+    context.route = scope.get(ROUTE, "")
+    _, _, behind = scope["path"].partition("/versions/")
+    context.version = behind.partition("/")[0]
+    return context
 
 
 async def send_whole(send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:

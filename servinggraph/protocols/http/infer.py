@@ -84,8 +84,9 @@ class InferRoute(Exchange[EncodedResponse]):
         table: dict[str, ServedGraph] = {}
         for graph in self._catalog.graphs():
             if graph.ready and not graph.plan.body and not graph.plan.decoupled:
-                name, version = graph.plan.name, graph.plan.version
-                table[f"/v2/models/{name}/versions/{version}/infer"] = graph
+                name = graph.plan.name
+                for version in self._catalog.versions_of(graph):
+                    table[f"/v2/models/{name}/versions/{version}/infer"] = graph
                 newest = self._catalog.get(name)
                 if not newest.plan.body and not newest.plan.decoupled:
                     table[f"/v2/models/{name}/infer"] = newest

@@ -13,6 +13,7 @@ import uvicorn
 from servinggraph.lifecycle import Serving
 from servinggraph.protocols.http.app import make_app
 from servinggraph.protocols.http.infer import InferRoute
+from servinggraph.protocols.http.routes import RoutePaths
 from servinggraph.protocols.http.wire import bounded_protocol
 
 __all__ = ["HttpFrontEnd", "make_asgi"]
@@ -24,7 +25,9 @@ BACKLOG = 2048
 
 def make_asgi(serving: Serving) -> InferRoute:
     """Return the whole ASGI application, without a port."""
-    return InferRoute(serving, make_app(serving))
+    paths = RoutePaths(serving.catalog, make_app(serving))
+    paths.front = InferRoute(serving, paths)
+    return paths.front
 
 
 class HttpFrontEnd:
