@@ -17,7 +17,7 @@ from servinggraph.importing import ImportProblem, import_string
 from servinggraph.interfaces import NodeSketch
 from servinggraph.plan import INPUTS, Plan
 from servinggraph.spec import Source, read_file
-from servinggraph.spec.source import KeyPath
+from servinggraph.spec.environment import KeyPath, begins_with_reference
 
 if TYPE_CHECKING:
     from servinggraph.testing.mock import MockServer
@@ -298,8 +298,10 @@ def _moved_node(node: Any, old: Path, new: Path) -> Any:
         return node
     moved = dict(node)
     path = node.get("path")
-    # A model below the graph's own folder stays beside it, however its path was written.
-    if isinstance(path, str) and (not Path(path).is_absolute() or Path(path).is_relative_to(new)):
+    # A model below the graph's own folder stays beside it, however its path was written. Where a path
+    # that begins with a variable leads is known only when the graph is compiled.
+    known = isinstance(path, str) and not begins_with_reference(path)
+    if known and (not Path(path).is_absolute() or Path(path).is_relative_to(new)):
         moved["path"] = Path(os.path.relpath(old / path, new)).as_posix()
     if isinstance(node.get("branches"), dict):
         moved["branches"] = {name: _moved_node(branch, old, new) for name, branch in node["branches"].items()}
