@@ -300,9 +300,9 @@ def _moved_node(node: Any, old: Path, new: Path) -> Any:
     path = node.get("path")
     # A model below the graph's own folder stays beside it, however its path was written. Where a path
     # that begins with a variable leads is known only when the graph is compiled.
-    known = isinstance(path, str) and not begins_with_reference(path)
-    if known and (not Path(path).is_absolute() or Path(path).is_relative_to(new)):
-        moved["path"] = Path(os.path.relpath(old / path, new)).as_posix()
+    known = path if isinstance(path, str) and not begins_with_reference(path) else None
+    if known is not None and (not Path(known).is_absolute() or Path(known).is_relative_to(new)):
+        moved["path"] = Path(os.path.relpath(old / known, new)).as_posix()
     if isinstance(node.get("branches"), dict):
         moved["branches"] = {name: _moved_node(branch, old, new) for name, branch in node["branches"].items()}
     return moved

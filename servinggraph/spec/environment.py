@@ -146,7 +146,7 @@ def _typed(text: str) -> Any:
     loader = yaml.SafeLoader("")
     try:
         tag = loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]  # PyYAML's stubs
-        return loader.construct_object(yaml.ScalarNode(tag, text))  # type: ignore[no-untyped-call]
+        return loader.construct_object(yaml.ScalarNode(tag, text))
     except (yaml.YAMLError, ValueError):  # 2026-13-45 looks like a date
         return text
     finally:
