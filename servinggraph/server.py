@@ -8,12 +8,13 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from pydantic import Field
 
+from servinggraph.errors import Unavailable
 from servinggraph.importing import ImportProblem
 from servinggraph.interfaces import FrontEndOptions
 from servinggraph.lifecycle import RepositorySettings, Serving, read_graphs
@@ -61,6 +62,11 @@ class ServerOptions(FrontEndOptions):
         description="For a folder: most bytes that graphs may take, each by the size of its files or the growth of the process "
         "while it was loaded, whichever is more (an estimate). 0 for no limit.",
     )
+    kafka_dev: bool = Field(
+        False,
+        description="For development only: run a Kafka broker inside this process, in memory, and use it instead of those that "
+        "graph files name; needs the extra `kafka-dev`.",
+    )
     shutdown_delay_s: float = Field(
         0, ge=0, description="On SIGTERM, seconds to go on accepting while not ready, so that load balancers notice."
     )
@@ -78,6 +84,25 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
 def _cannot_listen(host: str, port: object, protocol: str, error: OSError) -> CannotServe:
     reason = error.strerror or error
     return CannotServe(f"cannot listen on {host} port {port} ({protocol}): {reason}; choose another with --{protocol}-port")
+
+
+@contextlib.contextmanager
+def _development_broker() -> Iterator[str]:
+    """Run a Kafka broker in this process; give its address.
+
+    Raises:
+        CannotServe: what it needs is not installed, or it did not start.
+    """
+    from servinggraph.kafka.development import development_broker
+
+    with contextlib.ExitStack() as until_the_end:
+        try:
+            address = until_the_end.enter_context(development_broker())
+        except ImportError as error:
+            raise CannotServe(f"--kafka-dev: {error}: pip install 'servinggraph[kafka-dev]'") from None
+        except Unavailable as error:
+            raise CannotServe(f"--kafka-dev: {error}") from None
+        yield address
 
 
 def _spare_the_collector() -> None:
@@ -147,6 +172,7 @@ class Server:
         self.options = options
         self.serving = Serving(options, _repository_settings(options, folder, overrides))
         self.front_ends: dict[str, Any] = {}
+        self.development_broker: str | None = None
         self._announce = announce
         self._stop = asyncio.Event()
 
@@ -157,6 +183,12 @@ class Server:
             CannotServe: a port in use, a front end that is not installed.
             ServingGraphError: a graph failed to load.
         """
+        with contextlib.ExitStack() as until_the_end:
+            if self.options.kafka_dev:
+                self.development_broker = until_the_end.enter_context(_development_broker())
+            await self._run()
+
+    async def _run(self) -> None:
         options = self.options
         try:
             self._bind()

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from servinggraph.importing import load_object
+from servinggraph.kafka import development
 from servinggraph.settings import Options
 
 __all__ = [
@@ -103,7 +104,13 @@ class ConnectionOptions(Options):
         return brokers
 
     def client_settings(self) -> dict[str, Any]:
-        """Return the keyword arguments of an aiokafka client; see `SecurityOptions.client_settings`."""
+        """Return the keyword arguments of an aiokafka client; see `SecurityOptions.client_settings`.
+
+        In a process with a development broker (`serve --kafka-dev`) they lead there.
+        """
+        instead = development.address()
+        if instead is not None:
+            return {"bootstrap_servers": instead.split(",")}
         servers = [address.strip() for address in self.brokers.split(",")]
         return {"bootstrap_servers": servers, **self.security.client_settings()}
 
