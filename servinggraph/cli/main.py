@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 
 from servinggraph.cli.graph import check, plot, schema
-from servinggraph.cli.kafka import kafka
 from servinggraph.cli.project import init
 from servinggraph.cli.serve import serve
 from servinggraph.version import __version__
@@ -34,5 +33,5 @@ def version() -> None:
             continue
 
 
-for command in (serve, check, plot, schema, init, kafka):
+for command in (serve, check, plot, schema, init):
     main.add_command(command)
