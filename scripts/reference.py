@@ -1,4 +1,4 @@
-"""Writes docs/reference.md and the table of docs/metrics.md from the code: `.venv/bin/python scripts/reference.py`."""
+"""Writes docs/reference.md from the options' own descriptions: `.venv/bin/python scripts/reference.py`."""
 
 from __future__ import annotations
 
@@ -6,17 +6,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from servinggraph.interfaces import BatchPolicy, SequencePolicy
-from servinggraph.metrics import ALL
+from servinggraph.kafka import KafkaOptions
 from servinggraph.registry import kinds, load_kind
 from servinggraph.server import ServerOptions
 from servinggraph.spec import GraphSpec, NodeSpec, Rename, TensorModel
 
-DOCS = Path(__file__).parents[1] / "docs"
-PAGE = DOCS / "reference.md"
-METRICS = DOCS / "metrics.md"
-
-
-_TABLE, _END = "<!-- table: scripts/reference.py -->", "<!-- end -->"
+PAGE = Path(__file__).parents[1] / "docs" / "reference.md"
 
 
 def table(model: Any) -> list[str]:
@@ -34,6 +29,14 @@ def table(model: Any) -> list[str]:
     return [*rows, ""]
 
 
+def inner_tables(options: Any) -> list[str]:
+    """Return the tables of the models that stand in a model's fields, alone or in lists."""
+    inner = {name: next(iter(get_args(f.annotation)), f.annotation) for name, f in options.model_fields.items()}
+    return [
+        line for name, model in inner.items() if hasattr(model, "model_fields") for line in (f"`{name}`:", "", *table(model))
+    ]
+
+
 def page() -> str:
     """Return the whole page."""
     lines = [
@@ -48,8 +51,11 @@ def page() -> str:
         "A declared tensor, under `inputs` and `outputs`:",
         "",
         *table(TensorModel),
-        "`${NAME:-default}` anywhere in the file is the environment variable NAME, `$$` a dollar sign. `--set a.b.c=value`",
-        "on the command line replaces the value at that path.",
+        "`${NAME}` or `${NAME:-default}` anywhere in a value is the environment variable NAME, `$$` a dollar sign; alone it",
+        "takes the type of what it becomes, `max_rows: ${ROWS:-32}`. A variable without a default that is not set, or empty,",
+        "is refused. Error texts name the reference and never the value, and `Graph.save` writes the reference.",
+        "",
+        "`--set a.b.c=value` on the command line replaces the value at that path.",
         "",
         "## Every node",
         "",
@@ -66,6 +72,10 @@ def page() -> str:
         "## `sequences`",
         "",
         *table(SequencePolicy),
+        "## `kafka`",
+        "",
+        *table(KafkaOptions),
+        *inner_tables(KafkaOptions),
         "## Steps",
         "",
     ]
@@ -74,12 +84,7 @@ def page() -> str:
             lines += ["## Routers", ""]
         for kind in sorted(kinds(group)):
             options = load_kind(group, kind).options_type
-            # A model, or a list of them.
-            inner = {name: next(iter(get_args(f.annotation)), f.annotation) for name, f in options.model_fields.items()}
-            nested = {name: model for name, model in inner.items() if hasattr(model, "model_fields")}
-            lines += [f"### `{key}: {kind}`", "", *table(options)]
-            for name, model in nested.items():
-                lines += [f"`{name}`:", "", *table(model)]
+            lines += [f"### `{key}: {kind}`", "", *table(options), *inner_tables(options)]
     lines += [
         "## `servinggraph serve`",
         "",
@@ -90,17 +95,5 @@ def page() -> str:
     return "\n".join(lines)
 
 
-def metrics(page: str) -> str:
-    """Return the page of metrics with its table made anew."""
-    rows = []
-    for family in ALL:
-        labels = ", ".join(f"`{label}`" for label in family.labels)
-        rows.append(f"| `{family.name}` | {family.kind} | {family.unit} | {labels} | {family.help} |")
-    table = "\n".join(["| metric | kind | unit | labels | what it says |", "|---|---|---|---|---|", *rows])
-    begin, rest = page.split(_TABLE)
-    return f"{begin}{_TABLE}\n\n{table}\n\n{_END}{rest.split(_END)[1]}"
-
-
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
-    METRICS.write_text(metrics(METRICS.read_text(encoding="utf-8")), encoding="utf-8")

@@ -17,7 +17,7 @@ from servinggraph.importing import ImportProblem, import_string
 from servinggraph.interfaces import NodeSketch
 from servinggraph.plan import INPUTS, Plan
 from servinggraph.spec import Source, read_file
-from servinggraph.spec.source import KeyPath
+from servinggraph.spec.environment import KeyPath, begins_with_reference
 
 if TYPE_CHECKING:
     from servinggraph.testing.mock import MockServer
@@ -77,7 +77,7 @@ class Graph:
         inputs: input tensor to (datatype, shape), -1 for any size; or "body" for a graph that takes
             one free-form value.
         version: a positive integer.
-        options: other keys of a graph file: `outputs`, `timeout_ms`, `batch`, `description`.
+        options: other keys of a graph file: `outputs`, `timeout_ms`, `batch`, `kafka`, `description`.
     """
 
     def __init__(
@@ -298,9 +298,11 @@ def _moved_node(node: Any, old: Path, new: Path) -> Any:
         return node
     moved = dict(node)
     path = node.get("path")
-    # A model below the graph's own folder stays beside it, however its path was written.
-    if isinstance(path, str) and (not Path(path).is_absolute() or Path(path).is_relative_to(new)):
-        moved["path"] = Path(os.path.relpath(old / path, new)).as_posix()
+    # A model below the graph's own folder stays beside it, however its path was written. Where a path
+    # that begins with a variable leads is known only when the graph is compiled.
+    known = path if isinstance(path, str) and not begins_with_reference(path) else None
+    if known is not None and (not Path(known).is_absolute() or Path(known).is_relative_to(new)):
+        moved["path"] = Path(os.path.relpath(old / known, new)).as_posix()
     if isinstance(node.get("branches"), dict):
         moved["branches"] = {name: _moved_node(branch, old, new) for name, branch in node["branches"].items()}
     return moved

@@ -74,12 +74,11 @@ class Context:
         response_parameters: what steps add here is sent with the answer.
         priority: 1 is served first; 0 takes the batch queue's default level.
         graph: name of the graph that runs.
+        route: route that the request's URL names (`/v2/models/{graph}/routes/{route}/infer`); empty for none.
+        version: version that the request asks for, of a graph that takes versions apart; empty for none.
         runs_again: True in a batch of several requests that run again one by one if it fails:
             better fail than leave something out of every answer for the sake of one.
         trace: records what happens to this request; None for most.
-        arrived: when the request was there to be decoded, by `perf_counter_ns`; 0 where nobody asks.
-        run_began: when the graph began with the request, by `perf_counter_ns`; 0 before.
-        run_ended: when the graph was done with it; 0 before.
         failure: why the branch before this one failed, in a branch of a `fallback` router; else None.
         meter: takes what `count` and `observe` are given; None where nobody asks for it.
     """
@@ -88,7 +87,6 @@ class Context:
         "_cancelled",
         "_on_idle",
         "_running",
-        "arrived",
         "deadline",
         "failure",
         "graph",
@@ -98,10 +96,10 @@ class Context:
         "parameters",
         "priority",
         "response_parameters",
-        "run_began",
-        "run_ended",
+        "route",
         "runs_again",
         "trace",
+        "version",
     )
 
     def __init__(
@@ -122,9 +120,9 @@ class Context:
         self.response_parameters: dict[str, ParameterValue] = {}
         self.priority = priority
         self.graph = graph
+        self.route = self.version = ""
         self.runs_again = runs_again
         self.trace: Trace | None = None
-        self.arrived = self.run_began = self.run_ended = 0
         self.failure: Exception | None = None
         self.meter: Meter | None = None
         self._cancelled = False
@@ -234,6 +232,7 @@ class _View(Context):
         self.id, self.headers, self.parameters = whole.id, whole.headers, whole.parameters
         self.priority, self.graph, self.runs_again = whole.priority, whole.graph, whole.runs_again
         self.trace, self.failure, self.meter = whole.trace, whole.failure, whole.meter
+        self.route, self.version = whole.route, whole.version
         self.deadline, self.response_parameters = deadline, response_parameters
 
     @property

@@ -7,7 +7,7 @@ the kernel knows nothing more of it than what stands here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
@@ -221,6 +221,8 @@ class Router(ABC, Generic[OptionsT]):
         in_sequence: True when each branch gets what the branch before it gives.
         decides_by_request: True when parameters, headers or single values of a request decide: requests that
             are joined to a batch before it could not be told apart.
+        routes: True when the route in a request's URL decides; set by `signature`.
+        versions: versions of the graph that a request may ask for, where they decide; set by `signature`.
         name: the node's name.
         options: the validated options.
         base: folder that relative paths start from.
@@ -231,6 +233,8 @@ class Router(ABC, Generic[OptionsT]):
     options_type: ClassVar[type[Options]]
     in_sequence: ClassVar[bool] = False
     decides_by_request: ClassVar[bool] = False
+    routes: bool = False
+    versions: Collection[str] = ()
 
     def __init__(self, name: str, options: OptionsT, base: Path) -> None:
         self.name = name

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from servinggraph.interfaces import BatchPolicy, CachePolicy, Router, SequencePolicy, Step
+from servinggraph.kafka import KafkaOptions
 from servinggraph.policies import Guards
 from servinggraph.tensors import Signature, TensorSpec
 
@@ -76,6 +77,7 @@ class Plan:
         body_keys: what the first nodes look up by name in that value, which then has to be a
             mapping; None when they take it whole.
         sequences: how requests form sequences, None where they do not.
+        kafka: topics that bring requests and take answers; None without any.
     """
 
     name: str
@@ -91,11 +93,24 @@ class Plan:
     body: bool = False
     body_keys: Mapping[str, TensorSpec] | None = None
     sequences: SequencePolicy | None = None
+    kafka: KafkaOptions | None = None
 
     @property
     def decoupled(self) -> bool:
         """True when a request may have any number of answers, because a node is a generator."""
         return any(node.streams for node in self.nodes)
+
+    @property
+    def routes(self) -> bool:
+        """True when a router chooses by the route in a request's URL."""
+        return any(isinstance(node.work, Router) and node.work.routes for node in self.every_node())
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """Versions that requests may ask for: those that a router takes apart, else the graph's own."""
+        routers = [node.work for node in self.every_node() if isinstance(node.work, Router)]
+        versions = {version for router in routers for version in router.versions}
+        return tuple(sorted(versions or {self.version}, key=int))
 
     def every_node(self) -> list[PlanNode]:
         """Return all nodes, branches of routers included, parents first."""

@@ -26,13 +26,13 @@ ROUTERS: Final[Mapping[str, str]] = {
     "fallback": "servinggraph.routers.fallback:Fallback",
     "filter": "servinggraph.routers.filter:Filter",
     "map": "servinggraph.routers.map:Map",
+    "model": "servinggraph.routers.model:Model",
     "chain": "servinggraph.routers.chain:Chain",
     "ensemble": "servinggraph.routers.ensemble:Ensemble",
 }
 PROTOCOLS: Final[Mapping[str, str]] = {
     "grpc": "servinggraph.protocols.grpc.server:GrpcFrontEnd",
     "http": "servinggraph.protocols.http.server:HttpFrontEnd",
-    "metrics": "servinggraph.protocols.http.server:MetricsFrontEnd",
 }
 
 _EXTRAS: Final = {"onnx": "onnx", "grpc": "grpc"}

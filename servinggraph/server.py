@@ -8,12 +8,13 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from pydantic import Field
 
+from servinggraph.errors import Unavailable
 from servinggraph.importing import ImportProblem
 from servinggraph.interfaces import FrontEndOptions
 from servinggraph.lifecycle import RepositorySettings, Serving, read_graphs
@@ -42,9 +43,6 @@ class ServerOptions(FrontEndOptions):
         None,
         description="Port for gRPC; 0 takes a free one, off for none. By default 8081 where the extra `grpc` is installed.",
     )
-    metrics_port: int | None = Field(
-        None, ge=0, description="Port for /metrics alone, 0 takes a free one; by default it is on the HTTP port."
-    )
     grace_s: float = Field(30, ge=0, description="On SIGTERM, seconds that requests in flight have to finish.")
     model_control: Literal["none", "poll", "explicit"] = Field(
         "none",
@@ -64,6 +62,11 @@ class ServerOptions(FrontEndOptions):
         description="For a folder: most bytes that graphs may take, each by the size of its files or the growth of the process "
         "while it was loaded, whichever is more (an estimate). 0 for no limit.",
     )
+    kafka_dev: bool = Field(
+        False,
+        description="For development only: run a Kafka broker inside this process, in memory, and use it instead of those that "
+        "graph files name; needs the extra `kafka-dev`.",
+    )
     shutdown_delay_s: float = Field(
         0, ge=0, description="On SIGTERM, seconds to go on accepting while not ready, so that load balancers notice."
     )
@@ -81,6 +84,25 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
 def _cannot_listen(host: str, port: object, protocol: str, error: OSError) -> CannotServe:
     reason = error.strerror or error
     return CannotServe(f"cannot listen on {host} port {port} ({protocol}): {reason}; choose another with --{protocol}-port")
+
+
+@contextlib.contextmanager
+def _development_broker() -> Iterator[str]:
+    """Run a Kafka broker in this process; give its address.
+
+    Raises:
+        CannotServe: what it needs is not installed, or it did not start.
+    """
+    from servinggraph.kafka.development import development_broker
+
+    with contextlib.ExitStack() as until_the_end:
+        try:
+            address = until_the_end.enter_context(development_broker())
+        except ImportError as error:
+            raise CannotServe(f"--kafka-dev: {error}: pip install 'servinggraph[kafka-dev]'") from None
+        except Unavailable as error:
+            raise CannotServe(f"--kafka-dev: {error}") from None
+        yield address
 
 
 def _spare_the_collector() -> None:
@@ -150,6 +172,7 @@ class Server:
         self.options = options
         self.serving = Serving(options, _repository_settings(options, folder, overrides))
         self.front_ends: dict[str, Any] = {}
+        self.development_broker: str | None = None
         self._announce = announce
         self._stop = asyncio.Event()
 
@@ -160,13 +183,19 @@ class Server:
             CannotServe: a port in use, a front end that is not installed.
             ServingGraphError: a graph failed to load.
         """
+        with contextlib.ExitStack() as until_the_end:
+            if self.options.kafka_dev:
+                self.development_broker = until_the_end.enter_context(_development_broker())
+            await self._run()
+
+    async def _run(self) -> None:
         options = self.options
         try:
             self._bind()
         except BaseException:
             await asyncio.gather(*(front_end.stop(0) for front_end in self.front_ends.values()))
             raise
-        if not self.front_ends.keys() - {"metrics"}:
+        if not self.front_ends:
             raise CannotServe("every front end is off: there would be no way to reach a graph")
         grace_s = options.grace_s
         with self._signals():
@@ -203,12 +232,8 @@ class Server:
         logger.info("stopped")
 
     def _bind(self) -> None:
-        options = self.options
-        ports: dict[str, int | str | None] = {"http": options.http_port, "grpc": options.grpc_port}
-        if options.metrics_port is not None and options.metrics == "on":
-            ports["metrics"] = options.metrics_port
-        for protocol, port in ports.items():
-            front_end = self._front_end(protocol, port)
+        for protocol in ("http", "grpc"):
+            front_end = self._front_end(protocol, getattr(self.options, f"{protocol}_port"))
             if front_end is None:
                 continue
             try:

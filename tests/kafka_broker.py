@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import os
@@ -116,7 +117,7 @@ class Cluster:
             broker.wait_until_started()
 
     async def create_topics(self, topics: Mapping[str, int], settings: Mapping[str, str] | None = None) -> None:
-        """Create topics, each with its number of partitions; every broker has a replica of each."""
+        """Create topics, each with its number of partitions; every broker that runs has a replica of each and knows it."""
         admin = AIOKafkaAdminClient(bootstrap_servers=self.address)
         await admin.start()
         try:
@@ -125,6 +126,9 @@ class Cluster:
             assert all(code == 0 for _, code, *_ in answer.topic_errors), answer.topic_errors
         finally:
             await admin.close()
+        for broker in self.brokers:
+            if broker.running:
+                await broker.wait_until_known(topics)
 
     async def topic(self, name: str, partitions: int = 1, settings: Mapping[str, str] | None = None) -> str:
         """Create a topic of a name that no other test has: `name-7`."""
@@ -200,6 +204,23 @@ class Broker:
             assert self.running, self.log[-5000:]
             assert time.monotonic() < end, f"the broker did not start\n{self.log[-5000:]}"
             time.sleep(0.02)
+
+    async def wait_until_known(self, topics: Mapping[str, int]) -> None:
+        """Wait until the broker says of all topics who leads their partitions: what the controller has decided comes later."""
+        async with asyncio.timeout(PATIENCE_S):
+            admin = AIOKafkaAdminClient(bootstrap_servers=self.address)
+            await admin.start()
+            try:
+                while True:
+                    found = {each["topic"]: each["partitions"] for each in await admin.describe_topics(list(topics))}
+                    if all(
+                        len(found[name]) == count and all(part["leader"] >= 0 for part in found[name])
+                        for name, count in topics.items()
+                    ):
+                        return
+                    await asyncio.sleep(0.01)
+            finally:
+                await admin.close()
 
     def start(self) -> None:
         self.launch()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from servinggraph.cli.graph import check, plot, schema
+from servinggraph.cli.kafka import kafka
 from servinggraph.cli.project import init
 from servinggraph.cli.serve import serve
 from servinggraph.version import __version__
@@ -33,5 +34,5 @@ def version() -> None:
             continue
 
 
-for command in (serve, check, plot, schema, init):
+for command in (serve, check, plot, schema, init, kafka):
     main.add_command(command)

@@ -113,6 +113,8 @@ def _banner(server: Server, path: Path, seconds: float) -> str:
     for name, front_end in server.front_ends.items():
         address = f"{server.options.host}:{front_end.port}"
         lines.append(f"  HTTP on http://{address}" if name == "http" else f"  {_SHOWN.get(name, name)} on {address}")
+    if server.development_broker is not None:
+        lines.append(f"  Kafka for development only, in memory, on {server.development_broker}")
     lines.append(f"  ready in {seconds:.2f} s; stop with Ctrl-C")
     if "http" in server.front_ends and server.plans:
         lines += ["", "  Try it:", "", f"  {_curl(server.plans[0], host, server.front_ends['http'].port)}", ""]

@@ -30,7 +30,7 @@ def compile_source(source: Source, replace: Replacements | None = None) -> Plan:
     problems = list(source.problems)
     # What a definition must have is put in where it is missing: a mistake hides no other.
     defaults = {"graph": "unnamed", "inputs": {}, "nodes": {}}
-    spec = validated(GraphSpec, source.document, source, (), problems, defaults=defaults)
+    spec = validated(GraphSpec, source.expanded(), source, (), problems, defaults=defaults)
     if spec is None:
         raise GraphInvalid(_in_file_order(problems))
     return compile_graph(spec, source, replace, problems)
@@ -105,6 +105,7 @@ def compile_graph(
         body=takes_body,
         body_keys=body_keys(nodes.values()) if takes_body else None,
         sequences=spec.sequences,
+        kafka=spec.kafka,
     )
 
 

@@ -49,8 +49,12 @@ def validated(
             return model.model_validate(values)
         except ValidationError as error:
             faults = _without_other_alternatives(error)
+        texts = {location: text for location, entry in faults if (text := _text_after_all(entry, (*path, *location), source))}
+        for location, text in texts.items():
+            values = _with(values, location, text)
+        faults = [(location, entry) for location, entry in faults if location not in texts]
         for location, entry in faults:
-            message = _message(entry, location, model, other_keys)
+            message = _message(entry, location, model, other_keys, source.expansion.shown((*path, *location), entry["input"]))
             problem = source.problem(message, (*path, *location), node or _node_at(location))
             # A key that was taken out below is missing only because of that.
             if problem not in problems and location not in reported:
@@ -73,6 +77,25 @@ def _node_at(location: KeyPath) -> str | None:
     return ".".join(names) if location[:1] == ("nodes",) and names else None
 
 
+def _text_after_all(entry: Any, path: KeyPath, source: Source) -> str | None:
+    """Return the text of a reference that YAML reads as a number or the like, where text is what is expected.
+
+    A password may be 007.
+    """
+    if entry["type"] == "string_type" or (entry["type"] == "union" and "text" in entry["msg"].split()):
+        return source.expansion.as_text(path, entry["input"])
+    return None
+
+
+def _with(values: Any, location: KeyPath, value: Any) -> Any:
+    """Return a copy with another value at a key path that is there."""
+    if not location:
+        return value
+    changed = values.copy()
+    changed[location[0]] = _with(values[location[0]], location[1:], value)
+    return changed
+
+
 def _without(values: Any, location: KeyPath) -> Any:
     """Return a copy without the key at `location`, or without the nearest one around it that there is."""
     key, *rest = location
@@ -87,7 +110,7 @@ def _without(values: Any, location: KeyPath) -> Any:
     return values
 
 
-_REPAIRS = 5
+_REPAIRS = 6
 _ALTERNATIVE = re.compile(r"BatchPolicy|bool|str|int|float|(list|dict|literal|constrained|nullable|function|tagged)[-\[].*")
 _EXPECTED = {
     "bool_type": "true or false",
@@ -130,7 +153,7 @@ def _without_other_alternatives(error: ValidationError) -> list[tuple[KeyPath, A
     return plain
 
 
-def _message(entry: Any, location: KeyPath, model: type[BaseModel], other_keys: Sequence[str]) -> str:
+def _message(entry: Any, location: KeyPath, model: type[BaseModel], other_keys: Sequence[str], got: str) -> str:
     key = ".".join(str(part) for part in _below_node(location))
     kind = entry["type"]
     if kind == "extra_forbidden":
@@ -148,8 +171,8 @@ def _message(entry: Any, location: KeyPath, model: type[BaseModel], other_keys: 
     text = text[0].lower() + text[1:]
     if kind == "literal_error" and isinstance(entry["input"], str):
         hint = nearest(entry["input"], re.findall(r"'([^']*)'", str(entry["ctx"]["expected"])))
-        return f"'{key}': {text}, got {entry['input']!r}{hint if 'mean' in hint else ''}"
-    return f"'{key}': {text}, got {entry['input']!r}"
+        return f"'{key}': {text}, got {got}{hint if 'mean' in hint else ''}"
+    return f"'{key}': {text}, got {got}"
 
 
 def _below_node(location: KeyPath) -> KeyPath:

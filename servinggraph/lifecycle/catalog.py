@@ -14,10 +14,7 @@ from servinggraph.executor import Executor
 from servinggraph.interfaces import Handler
 from servinggraph.lifecycle.answers import answer_body, answer_tensors
 from servinggraph.lifecycle.control import Control, RouterSeat
-from servinggraph.lifecycle.memory import resident_bytes
-from servinggraph.lifecycle.metrics import Ledger
 from servinggraph.lifecycle.sequencer import Sequencer
-from servinggraph.measures import TrafficByProtocol
 from servinggraph.plan import Plan
 from servinggraph.tensors import TensorSpec
 
@@ -42,6 +39,7 @@ class ServedGraph:
         tracer: picks requests to trace; None while none is to be traced.
         finish: makes the answer of what the last node gave: tensors, or a `Body` where the graph
             takes one.
+        routed: True when the route or version that a request names decides inside the graph.
         sequences: keeps the order of its sequences; None where it declares none.
         run: runs one request: the executor's own, or that in its sequence's turn.
         stream: the same for any number of answers.
@@ -50,8 +48,6 @@ class ServedGraph:
             while the request came in.
         closed: True from when its executor is stopped; until then a removed graph still takes
             requests that were read for it.
-        traffic: where front ends count its requests; None where metrics are off.
-        size_bytes: memory that it takes, an estimate; 0 where nothing can be said.
     """
 
     plan: Plan
@@ -61,17 +57,17 @@ class ServedGraph:
     requests: int = 0
     tracer: Tracer | None = field(default=None, repr=False)
     finish: Callable[[Any, Mapping[str, TensorSpec] | None, str], Any] = field(init=False, repr=False)
+    routed: bool = field(init=False, repr=False)
     sequences: Sequencer | None = field(init=False, default=None, repr=False)
     run: Handler = field(init=False, repr=False)
     stream: Callable[[Any, Context], AsyncGenerator[Any, None]] = field(init=False, repr=False)
     door: Callable[[ServedGraph, Context], Awaitable[ServedGraph]] | None = None
     closed: bool = False
-    traffic: TrafficByProtocol | None = field(default=None, repr=False)
-    size_bytes: int = 0
     _idle: asyncio.Event | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.finish = answer_body if self.plan.body else answer_tensors
+        self.routed = self.plan.routes or self.plan.versions != (self.plan.version,)
         self.run, self.stream = self.executor.run, self.executor.stream
         if self.plan.sequences is not None:
             self.sequences = Sequencer(self.plan, self.plan.sequences, self.executor.run, self.executor.stream)
@@ -118,9 +114,8 @@ class Catalog:
         may_be_empty: True where graphs come and go: then a server without any is ready, too.
     """
 
-    def __init__(self, control: Control | None = None, ledger: Ledger | None = None) -> None:
+    def __init__(self, control: Control | None = None) -> None:
         self._control = control or Control()
-        self._ledger = ledger
         self._graphs: dict[str, dict[str, ServedGraph]] = {}
         self._listeners: list[Callable[[], None]] = []
         self._draining = False
@@ -131,11 +126,7 @@ class Catalog:
     def made(self, plan: Plan) -> ServedGraph:
         """Return a graph that is not started yet."""
         seats = self._control.seats_of(plan)
-        graph = ServedGraph(plan, Executor(plan, seats), {seat.router.name: seat for seat in seats})
-        if self._ledger is not None:
-            graph.executor.statistics.measure()
-            graph.traffic = self._ledger.traffic(plan.name, plan.version)
-        return graph
+        return ServedGraph(plan, Executor(plan, seats), {seat.router.name: seat for seat in seats})
 
     @property
     def draining(self) -> bool:
@@ -161,10 +152,7 @@ class Catalog:
                     self._remove(added)
                 raise Unavailable(f"graph '{graph.plan.name}' version {graph.plan.version} is there twice")
             versions[graph.plan.version] = graph
-        before = resident_bytes()
         results = await asyncio.gather(*(graph.executor.start() for graph in graphs), return_exceptions=True)
-        if len(graphs) == 1:  # of several side by side nobody can tell which one took what
-            graphs[0].size_bytes = max(0, resident_bytes() - before)
         failures = [result for result in results if isinstance(result, BaseException)]
         for graph, result in zip(graphs, results, strict=True):
             graph.ready = result is None
@@ -193,13 +181,9 @@ class Catalog:
             versions = self._graphs.get(graph.plan.name, {})
             if versions.get(graph.plan.version) is graph:
                 self._remove(graph)
-                if self._ledger is not None:
-                    self._ledger.replaced(graph)
         for graph in add:
             graph.ready = True
             self._graphs.setdefault(graph.plan.name, {})[graph.plan.version] = graph
-            if self._ledger is not None:
-                self._ledger.taken_up(graph)
         self._changed()
 
     async def _successor(self, graph: ServedGraph, context: Context) -> ServedGraph:
@@ -255,9 +239,10 @@ class Catalog:
                 raise GraphNotFound(f"Request for unknown model: '{name}' has no available versions")
             raise GraphNotFound(f"Request for unknown model: '{name}' is not found")
         if version:
-            graph = versions.get(version)
+            graph = versions.get(version) or self._taking(version, versions)
             if graph is None:
-                raise GraphNotFound(f"Request for unknown model: '{name}' version {version} is not found")
+                hint = f"; there are {', '.join(self.versions(name))}" if any(one.routed for one in versions.values()) else ""
+                raise GraphNotFound(f"Request for unknown model: '{name}' version {version} is not found{hint}")
             if not graph.ready:
                 raise Unavailable(f"Request for unknown model: '{name}' version {version} is not at ready state")
             return graph
@@ -268,7 +253,18 @@ class Catalog:
 
     def versions(self, name: str) -> list[str]:
         """Return the versions of a graph that are ready, in order."""
-        return sorted((number for number, graph in self._graphs.get(name, {}).items() if graph.ready), key=int)
+        ready = [graph for graph in self._graphs.get(name, {}).values() if graph.ready]
+        return sorted({version for graph in ready for version in graph.plan.versions}, key=int)
+
+    def versions_of(self, graph: ServedGraph) -> set[str]:
+        """Return the versions with which requests reach a graph: its own, and those that it takes apart and no other is."""
+        others = self._graphs[graph.plan.name].keys() - {graph.plan.version}
+        return {graph.plan.version, *graph.plan.versions} - others
+
+    def _taking(self, version: str, graphs: Mapping[str, ServedGraph]) -> ServedGraph | None:
+        """Return the newest graph inside of which a version is taken apart from others; None without one."""
+        taking = [number for number, graph in graphs.items() if graph.routed and version in graph.plan.versions]
+        return graphs[max(taking, key=int)] if taking else None
 
     @property
     def ready(self) -> bool:

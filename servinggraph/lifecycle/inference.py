@@ -6,7 +6,6 @@ it encodes. Everything between is here, so that all front ends behave alike.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from time import perf_counter_ns
@@ -15,7 +14,7 @@ from servinggraph.context import Context
 from servinggraph.errors import ServingGraphError, StepFailed
 from servinggraph.lifecycle.catalog import ServedGraph
 from servinggraph.messages import InferenceRequest, InferenceResponse
-from servinggraph.statistics import StreamProgress, code_of
+from servinggraph.statistics import StreamProgress
 
 __all__ = ["infer", "stream"]
 
@@ -54,15 +53,19 @@ async def infer(graph: ServedGraph, request: InferenceRequest, context: Context)
     finally:
         graph.leave()
         ended = perf_counter_ns()
-        context.run_began, context.run_ended = began, ended
         if outputs is None:
-            graph.executor.statistics.requests.failed(ended - began, code_of(sys.exception()))
+            graph.executor.statistics.requests.failed(ended - began)
         else:
             graph.executor.statistics.succeeded(ended, ended - began, request.inputs)
         if context.trace is not None:
             context.trace.end(outputs)
     return InferenceResponse(
-        plan.name, plan.version, outputs, request.id, context.response_parameters, graph.executor.max_rows > 0
+        plan.name,
+        context.version or plan.version,
+        outputs,
+        request.id,
+        context.response_parameters,
+        graph.executor.max_rows > 0,
     )
 
 
@@ -83,7 +86,6 @@ async def stream(graph: ServedGraph, request: InferenceRequest, context: Context
         graph = await graph.door(graph, context)
         plan = graph.plan
     progress = StreamProgress(graph.executor.statistics)
-    context.run_began = perf_counter_ns()
     if context.trace is not None:
         context.trace.begin(request.inputs)
     try:
@@ -93,7 +95,8 @@ async def stream(graph: ServedGraph, request: InferenceRequest, context: Context
                 progress.answered()
                 if context.trace is not None:
                     context.trace.answer(outputs)
-                yield InferenceResponse(plan.name, plan.version, outputs, request.id, dict(context.response_parameters))
+                version = context.version or plan.version
+                yield InferenceResponse(plan.name, version, outputs, request.id, dict(context.response_parameters))
                 progress.asked()
         progress.ended(request.inputs)
     except ServingGraphError as error:
@@ -104,7 +107,6 @@ async def stream(graph: ServedGraph, request: InferenceRequest, context: Context
         raise StepFailed(f"{type(error).__name__}: {error}").at(plan.answer) from error
     finally:
         graph.leave()
-        context.run_ended = perf_counter_ns()
         progress.leave()
         if context.trace is not None:
             context.trace.end(None)

@@ -185,7 +185,7 @@ class Layout:
         if last is not None and state and last[0] == state[0]:
             return last[1], last[2]
         try:
-            document = read_file(path, self._overrides).document
+            document = read_file(path, self._overrides).expanded()
         except GraphInvalid:
             return (last[1], last[2]) if last is not None else (name, "1")
         head = str(document.get("graph", name)), str(document.get("version", "1"))
@@ -211,13 +211,12 @@ def _joined(one: Entry, other: Entry) -> Entry:
 
 def _read_policy(path: Path) -> VersionPolicy:
     source = read_file(path)
+    document = source.expanded()
     problems = [
-        source.problem(f"unknown key '{key}'{nearest(key, ['versions'])}", (key,))
-        for key in source.document
-        if key != "versions"
+        source.problem(f"unknown key '{key}'{nearest(key, ['versions'])}", (key,)) for key in document if key != "versions"
     ]
     try:
-        policy = version_policy(source.document.get("versions", {"latest": 1}))
+        policy = version_policy(document.get("versions", {"latest": 1}))
     except ValueError as error:
         problems.append(source.problem(str(error), ("versions",)))
         policy = 1

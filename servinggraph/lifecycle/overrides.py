@@ -88,7 +88,7 @@ def parse_config(text: str, name: str) -> LoadConfig:
         InvalidRequest: not such a text, or a key that has no meaning here.
     """
     try:
-        document = read_text(text, "'config'", Path(), environment={}).document
+        document = read_text(text, "'config'", Path(), environment={}).expanded()
     except GraphInvalid as error:
         raise InvalidRequest(f"failed to load '{name}', the 'config' parameter cannot be read: {error}") from error
     try:

@@ -74,7 +74,8 @@ def read_version(entry: Entry, found: Found, overrides: Sequence[str] = (), conf
     """
     problems: list[Problem] = []
     if config is not None and config.definition is not None:
-        source = read_text(config.definition, "'config'", found.file.resolve().parent)
+        # Whoever asks for a load is not to read this process's environment.
+        source = read_text(config.definition, "'config'", found.file.resolve().parent, environment={})
         problems += _settle(source, "graph", entry.name, "the request is for")
         problems += _settle(source, "version", found.version, "the request loads version")
     elif found.file.suffix == ".onnx":
@@ -95,7 +96,8 @@ def read_version(entry: Entry, found: Found, overrides: Sequence[str] = (), conf
 
 def _settle(source: Source, key: str, given: str, rule: str) -> list[Problem]:
     """Fill in the graph's name or version where the definition leaves it out; say where it has another."""
-    said = source.document.setdefault(key, given)
+    source.document.setdefault(key, given)
+    said = source.expanded()[key]
     if str(said) == given:
         return []
     return [source.problem(f"'{key}: {said}', but {rule} '{given}': change one, or leave '{key}' out", (key,))]
@@ -106,7 +108,7 @@ def _bare_model(path: Path, name: str, overrides: Sequence[str]) -> Source:
     base = path.resolve().parent
     text = f"graph: {name}\ninputs: {{}}\nnodes:\n  model: {{step: onnx, path: {path.name!r}}}\nanswer: model\n"
     source = read_text(text, None, base, overrides)
-    spec = GraphSpec.model_validate(source.document)
+    spec = GraphSpec.model_validate(source.expanded())
     # The graph's inputs are the model's: made a first time to learn them.
     problems: list[Problem] = []
     node = NodeCompiler(source, {}, problems, spec.sequences is not None).node(

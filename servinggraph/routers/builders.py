@@ -7,7 +7,7 @@ from typing import Any
 
 from servinggraph.interfaces import NodeSketch
 
-__all__ = ["Ab", "Chain", "Choice", "Cycle", "Ensemble", "Fallback", "Filter", "Map"]
+__all__ = ["Ab", "Chain", "Choice", "Cycle", "Ensemble", "Fallback", "Filter", "Map", "Model"]
 
 
 def Ab(  # noqa: N802  (reads as the kind that it makes)
@@ -109,3 +109,14 @@ def Map(branch: NodeSketch | Callable[..., Any], **options: Any) -> NodeSketch: 
         options: keys of the `map` router and of any node: `concurrency`, `tolerate`, ...
     """
     return NodeSketch("router", "map", options, {"each": branch})
+
+
+def Model(branches: Branches, by: str = "path", **options: Any) -> NodeSketch:  # noqa: N802
+    """Return a model router for the builder.
+
+    Args:
+        branches: name to step, router or plain function.
+        by: where a request names the branch: "path", "version", "header:x-model", ...
+        options: keys of the `model` router and of any node: `aliases`, `default`, ...
+    """
+    return NodeSketch("router", "model", {"by": by, **options}, dict(branches))

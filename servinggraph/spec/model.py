@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from servinggraph.interfaces import BatchPolicy, CachePolicy, Options, SequencePolicy
+from servinggraph.kafka import KafkaOptions
 from servinggraph.policies import Guards
 from servinggraph.tensors import DATATYPES, TensorSpec
 
@@ -132,6 +133,9 @@ class GraphSpec(Options):
     )
     cache: CachePolicy | None = Field(
         None, description="Keep the graph's answers and give them again; for graphs whose nodes all say `pure: true`."
+    )
+    kafka: KafkaOptions | None = Field(
+        None, description="Topics that bring requests and take answers, beside HTTP and gRPC or alone."
     )
 
     @property

@@ -1,4 +1,4 @@
-"""Reads a graph's YAML: environment values, overrides, and the line of every key.
+"""Reads a graph's YAML: overrides, and the line of every key.
 
 Gives plain dicts and lists; what they mean is `model`'s. PyYAML resolves scalars, this
 module keeps the positions that PyYAML throws away and refuses duplicate keys.
@@ -7,7 +7,6 @@ module keeps the positions that PyYAML throws away and refuses duplicate keys.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +15,9 @@ from typing import Any
 import yaml
 
 from servinggraph.errors import GraphInvalid, Problem, nearest
+from servinggraph.spec.environment import Expansion, KeyPath, expand
 
 __all__ = ["KeyPath", "Source", "read_file", "read_text"]
-
-KeyPath = tuple[str | int, ...]
-
-_VARIABLE = re.compile(r"\$(?:\$|\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\})")
 
 
 @dataclass
@@ -29,12 +25,14 @@ class Source:
     """Where a definition came from.
 
     Attributes:
-        document: the definition as plain dicts and lists.
+        document: the definition as plain dicts and lists, with its references to the environment.
         base: folder that its relative paths start from.
         file: path of the file as the user gave it; None for a graph built in Python.
         lines: key path to line, counted from 1.
         overridden: key paths that an override set, with the text of the override.
         problems: what reading found that does not stand in the way of looking for more.
+        environment: values for `${NAME}`; None for the process environment.
+        expansion: what `expanded` found; empty before.
     """
 
     document: dict[str, Any]
@@ -43,9 +41,25 @@ class Source:
     lines: dict[KeyPath, int] = field(default_factory=dict)
     overridden: dict[KeyPath, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    environment: Mapping[str, str] | None = None
+    expansion: Expansion = field(default_factory=Expansion)
+
+    def expanded(self) -> dict[str, Any]:
+        """Return the definition with values of the environment instead of the references to them.
+
+        Raises:
+            GraphInvalid: variables that are not set.
+        """
+        self.expansion = expand(self.document, os.environ if self.environment is None else self.environment)
+        if self.expansion.faults:
+            found = [self.problem(reason, path, _node_at(path)) for path, reason in self.expansion.faults]
+            raise GraphInvalid([*self.problems, *found])
+        document: dict[str, Any] = self.expansion.document
+        return document
 
     def problem(self, message: str, path: KeyPath = (), node: str | None = None) -> Problem:
-        """Return a problem placed at a key, or at the nearest enclosing key that has a line."""
+        """Return a problem placed at a key, or at the nearest enclosing key that has a line; it holds no secrets."""
+        message = self.expansion.conceal(message, path)
         for end in range(len(path), 0, -1):
             if path[:end] in self.overridden:
                 return Problem(f"{message} (set by --set {self.overridden[path[:end]]})", node, self.file)
@@ -62,7 +76,7 @@ def read_file(path: Path, overrides: Sequence[str] = (), environment: Mapping[st
         environment: values for `${NAME}`; the process environment by default.
 
     Raises:
-        GraphInvalid: unreadable, not YAML, duplicate keys, unset variables, overrides of nothing.
+        GraphInvalid: unreadable, not YAML, duplicate keys, overrides of nothing.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -81,7 +95,7 @@ def read_text(
     environment: Mapping[str, str] | None = None,
 ) -> Source:
     """Read a graph definition from YAML text; see `read_file`."""
-    reader = _Reader(file, os.environ if environment is None else environment)
+    reader = _Reader(file)
     document = reader.read(text)
     if not reader.problems and not isinstance(document, dict):
         reader.problems.append(
@@ -89,7 +103,7 @@ def read_text(
         )
     if reader.problems:
         raise GraphInvalid(reader.problems)
-    source = Source(document, base, file, reader.lines, problems=reader.duplicates)
+    source = Source(document, base, file, reader.lines, problems=reader.duplicates, environment=environment)
     problems = [problem for text in overrides if (problem := _override(source, text)) is not None]
     if problems:
         raise GraphInvalid(problems)
@@ -99,9 +113,8 @@ def read_text(
 class _Reader:
     """Turns YAML text into plain values and notes lines and problems on the way."""
 
-    def __init__(self, file: str | None, environment: Mapping[str, str]) -> None:
+    def __init__(self, file: str | None) -> None:
         self._file = file
-        self._environment = environment
         self._inside: set[int] = set()
         self.lines: dict[KeyPath, int] = {}
         self.problems: list[Problem] = []
@@ -132,7 +145,7 @@ class _Reader:
         line = node.start_mark.line + 1
         self.lines.setdefault(path, line)
         if isinstance(node, yaml.ScalarNode):
-            return self._scalar(loader, node, line)
+            return loader.construct_object(node)
         if id(node) in self._inside:
             self._report(line, "an alias contains itself")
             return None
@@ -161,25 +174,11 @@ class _Reader:
             result[key] = self._value(loader, value_node, (*path, key))
         return result
 
-    def _scalar(self, loader: yaml.SafeLoader, node: yaml.ScalarNode, line: int) -> Any:
-        if "$" in node.value:
-            whole = _VARIABLE.fullmatch(node.value)
-            node.value = _VARIABLE.sub(lambda match: self._variable(match, line), node.value)
-            if node.style is None or (whole is not None and whole["name"]):
-                # Typed by what it became: `max_rows: ${ROWS:-32}` is a number. Quoted too when
-                # nothing else stands there, since inside {...} YAML needs the quotes.
-                node.tag = loader.resolve(yaml.ScalarNode, node.value, (True, False))  # type: ignore[no-untyped-call]  # PyYAML's stubs
-        return loader.construct_object(node)
 
-    def _variable(self, match: re.Match[str], line: int) -> str:
-        name, default = match["name"], match["default"]
-        if name is None:
-            return "$"  # `$$` is a plain dollar sign
-        value = self._environment.get(name) or default  # as in a shell, `:-` covers empty, too
-        if value is None:
-            self._report(line, f"environment variable {name} is not set; set it or write ${{{name}:-default}}")
-            return ""
-        return value
+def _node_at(path: KeyPath) -> str | None:
+    """Return the full name of the node that a key path leads into; None where it leads elsewhere."""
+    names = [str(path[i + 1]) for i in range(len(path) - 1) if path[i] in ("nodes", "branches")]
+    return ".".join(names) if path[:1] == ("nodes",) and names else None
 
 
 def _override(source: Source, text: str) -> Problem | None:

@@ -17,25 +17,50 @@ def test_every_key_has_its_line():
     assert 4 == source.lines[("nodes", "a", "batch", "max_rows")]
 
 
-def test_a_variable_becomes_its_value_and_takes_the_type_of_what_it_became():
-    source = read("a: ${ROWS}\nb: ${GONE:-32}\nc: pre-${NAME}-post\nd: '${ROWS}'\n", ROWS="7", NAME="x")
-    assert {"a": 7, "b": 32, "c": "pre-x-post", "d": 7} == source.document
+def test_a_definition_keeps_its_references():
+    source = read("a: ${ROWS}\nb: [x, 'pre-${GONE:-32}']\n", ROWS="7")
+    assert {"a": 7, "b": ["x", "pre-32"]} == source.expanded()
+    assert {"a": "${ROWS}", "b": ["x", "pre-${GONE:-32}"]} == source.document
 
 
-def test_a_quoted_text_with_a_variable_in_it_stays_text():
-    assert {"a": "1 7"} == read("a: '1 ${ROWS}'", ROWS="7").document
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("${ROWS}", 7),
+        ("'${ROWS}'", 7),
+        ("${GONE:-32}", 32),
+        ("${GONE:-}", None),
+        ("${EMPTY:-x}", "x"),  # as in a shell
+        ("${KAFKA:-127.0.0.1:9092}", "127.0.0.1:9092"),
+        ("${GONE:-2026-13-45}", "2026-13-45"),
+        ("pre-${NAME}-post", "pre-x-post"),
+        ("1${ROWS}", "17"),
+        ("$${NAME}", "${NAME}"),
+        ("costs 5$", "costs 5$"),
+        ("$$$${ROWS}", "$${ROWS}"),
+    ],
+)
+def test_a_reference_becomes_its_value_and_alone_takes_the_type_of_that(text, value):
+    assert {"a": value} == read(f"a: {text}", ROWS="7", NAME="x", EMPTY="").expanded()
 
 
-def test_an_empty_variable_takes_the_default_as_in_a_shell():
-    assert {"a": "x"} == read("a: ${EMPTY:-x}", EMPTY="").document
+def test_every_variable_that_is_not_there_is_named_with_its_place():
+    source = read("graph: ${A}\nnodes:\n  s:\n    url: 'http://${B}:${EMPTY}'\n    key: ${a-b}\n", EMPTY="")
+    with pytest.raises(GraphInvalid) as refused:
+        source.expanded()
+    assert [
+        "g.yaml:1: environment variable A is not set; set it or write ${A:-default}",
+        "g.yaml:4: node 's': environment variable B is not set; set it or write ${B:-default}",
+        "g.yaml:4: node 's': environment variable EMPTY is empty; set it or write ${EMPTY:-default}",
+        "g.yaml:5: node 's': '${a-b}' is no reference: write ${NAME} or ${NAME:-default}, and $$ for a dollar sign",
+    ] == str(refused.value).splitlines()
 
 
-def test_a_default_may_hold_colons():
-    assert {"a": "127.0.0.1:9092"} == read("a: ${KAFKA:-127.0.0.1:9092}").document
-
-
-def test_two_dollar_signs_are_one():
-    assert {"a": "${NAME}"} == read("a: $${NAME}").document
+def test_a_problem_names_the_reference_and_not_the_value():
+    source = read("a: ${KEY}\nb: {c: 'x-${PIN}'}\n", KEY="hunter22", PIN="12")
+    source.expanded()
+    assert "g.yaml:1: no door for ${KEY}, 12 tries" == str(source.problem("no door for hunter22, 12 tries", ("z",)))
+    assert "g.yaml:2: got x-${PIN}, not 123" == str(source.problem("got x-12, not 123", ("b", "c")))
 
 
 def test_an_override_replaces_a_value_and_is_typed_as_yaml():

@@ -12,7 +12,6 @@ import asyncio
 import logging
 from collections.abc import Coroutine
 from contextlib import aclosing
-from time import perf_counter_ns
 from typing import Any, Final
 
 import grpc
@@ -20,7 +19,7 @@ import grpc
 from servinggraph.context import Context
 from servinggraph.errors import ServingGraphError, Unavailable
 from servinggraph.lifecycle import infer, stream as answers_of
-from servinggraph.protocols.grpc.requests import Found, Request, Requests, failure_of
+from servinggraph.protocols.grpc.requests import Request, Requests, failure_of
 from servinggraph.protocols.grpc.routing import Call, abort
 from servinggraph.protocols.grpc.status import text_of
 from servinggraph.protocols.protobuf.codec import EMPTY_FINAL, empty_answer, error_item, stream_item
@@ -170,15 +169,12 @@ class _Stream:
     def _start(self, data: bytes) -> Coroutine[Any, Any, None]:
         """Decode a request, and return what answers it."""
         context = Context()
-        context.arrived = perf_counter_ns()
         message = pb.ModelInferRequest()
-        found: Found | None = None
         request: Request | None = None
         failure: ServingGraphError | None = None
         try:
             message, raw = self._requests.split(data)
-            found = self._requests.find(message)
-            request = self._requests.decode(found, message, raw, self._call, context)
+            request = self._requests.decode(message, raw, self._call, context)
         except Exception as error:
             request, failure = None, failure_of(error, self.task)
         if request is not None and request.decoupled:
@@ -186,20 +182,14 @@ class _Stream:
         before, self._before = self._before, asyncio.get_running_loop().create_future()
         if request is None:
             assert failure is not None  # nobody cancels a task that runs
-            return self._refuse(failure, message, context, found, before, self._before)
+            return self._refuse(failure, message, context, before, self._before)
         return self._answer_one(request, message, context, before, self._before)
 
     async def _refuse(
-        self,
-        failure: ServingGraphError,
-        message: pb.ModelInferRequest,
-        context: Context,
-        found: Found | None,
-        before: Turn | None,
-        turn: Turn,
+        self, failure: ServingGraphError, message: pb.ModelInferRequest, context: Context, before: Turn | None, turn: Turn
     ) -> None:
         """Answer a request that no graph has seen; that never ends the stream, as in Triton."""
-        self._requests.report(failure, context, found)
+        self._requests.report(failure, context)
         await self._in_turn(error_item(text_of(failure), message), before, turn)
 
     async def _answer_one(
@@ -209,16 +199,15 @@ class _Stream:
         try:
             self._admission.enter()
         except ServingGraphError as error:
-            await self._refuse(error, message, context, request.found, before, turn)
+            await self._refuse(error, message, context, before, turn)
             return
         if request.graph.tracer is not None:
             request.graph.tracer.pick(request.graph, context, "GRPC_WAITREAD_END")
         try:
             response = await infer(request.graph, request.request, context)
             item = stream_item(self._requests.encode(response, request), final=True)
-            self._requests.succeeded(request, context)
         except (Exception, asyncio.CancelledError) as error:
-            item = self._failed(error, message, context, request.found)
+            item = self._failed(error, message, context)
         finally:
             context.when_idle(self._admission.leave)
             if context.trace is not None:
@@ -239,7 +228,6 @@ class _Stream:
         try:
             self._admission.enter()
         except ServingGraphError as error:
-            self._requests.report(error, context, request.found)
             await self._write(error_item(text_of(error), message))
             return
         if request.graph.tracer is not None:
@@ -252,12 +240,10 @@ class _Stream:
                 item = stream_item(
                     empty_answer(request.request, request.graph.plan.name, request.graph.plan.version), final=True
                 )
-            self._requests.succeeded(request, context)
         except _Gone:
-            self._requests.cancelled(request.found)
             raise
         except (Exception, asyncio.CancelledError) as error:
-            item = self._failed(error, message, context, request.found)
+            item = self._failed(error, message, context)
         finally:
             context.when_idle(self._admission.leave)
             if context.trace is not None:
@@ -265,7 +251,7 @@ class _Stream:
         if item is not None:
             await self._write(item)
 
-    def _failed(self, error: BaseException, message: pb.ModelInferRequest, context: Context, found: Found) -> Item:
+    def _failed(self, error: BaseException, message: pb.ModelInferRequest, context: Context) -> Item:
         """Return what a request that failed is answered with; the stream's end, where its caller asked for that.
 
         Raises:
@@ -275,9 +261,8 @@ class _Stream:
         assert task is not None
         failure = failure_of(error, task)
         if failure is None:
-            self._requests.cancelled(found)
             raise error
-        self._requests.report(failure, context, found)
+        self._requests.report(failure, context)
         if self._errors_end_it:
             self._at_once = True
             self._interrupt(failure)

@@ -9,18 +9,29 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, MutableMapping
-from time import perf_counter_ns
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from servinggraph.context import Context
-from servinggraph.errors import Cancelled, ErrorCode, RequestTooLarge, ServingGraphError, StepFailed, Unavailable
+from servinggraph.errors import Cancelled, RequestTooLarge, ServingGraphError, StepFailed, Unavailable
 from servinggraph.lifecycle import ServedGraph, Serving
 from servinggraph.protocols.http.departures import Departures
 from servinggraph.protocols.http.status import error_response
 from servinggraph.protocols.http.wire import REPLY, STATUS_LINE
 from servinggraph.protocols.v2.compression import accepted_coding, compress, decompress
 
-__all__ = ["JSON_FIELD", "ASGIApp", "ClientGone", "Exchange", "Message", "Receive", "Scope", "Send", "as_failure", "send_whole"]
+__all__ = [
+    "JSON_FIELD",
+    "ROUTE",
+    "ASGIApp",
+    "ClientGone",
+    "Exchange",
+    "Message",
+    "Receive",
+    "Scope",
+    "Send",
+    "addressed",
+    "send_whole",
+]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -28,6 +39,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+ROUTE: Final = "servinggraph.route"
+"""Where the route that a URL names stands in the scope."""
 _NO_EXTENSIONS: Final[dict[str, Any]] = {}
 JSON_FIELD: Final = (b"content-type", b"application/json")
 _CLOSE: Final = (b"connection", b"close")
@@ -59,7 +72,6 @@ class Exchange(ABC, Generic[AnswerT]):
     """
 
     def __init__(self, serving: Serving, others: ASGIApp) -> None:
-        self._serving = serving
         self._catalog = serving.catalog
         self._admission = serving.admission
         self._max_body_bytes = serving.options.max_body_bytes
@@ -102,16 +114,8 @@ class Exchange(ABC, Generic[AnswerT]):
     def fields(self, answer: AnswerT) -> list[tuple[bytes, bytes]]:
         """Return the headers of an answer, without those that its length and coding need."""
 
-    def found(self, scope: Scope) -> Any:
-        """Return what `find` finds, and count a request for which it finds nothing that is served."""
-        try:
-            return self.find(scope)
-        except ServingGraphError as error:
-            self._serving.refused("http", error)
-            raise
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        graph = self.found(scope)
+        graph = self.find(scope)
         if graph is None:
             await self._others(scope, receive, send)
             return
@@ -119,18 +123,16 @@ class Exchange(ABC, Generic[AnswerT]):
         # With the loop given: without it Python 3.11 asks the kernel for the process id first.
         task = asyncio.current_task(self._loop)
         assert task is not None  # an ASGI server calls from a task
-        context = Context()
+        context = addressed(scope) if graph.routed else Context()
         try:
             self._admission.enter()
         except ServingGraphError as error:
-            self.count_failure(graph, error.code)
             await send_whole(send, *error_response(error))
             return
         if graph.tracer is not None:
             graph.tracer.pick(graph, context, "HTTP_RECV_START")
         try:
             body = await self.read_body(receive, headers)
-            context.arrived = perf_counter_ns()
             if context.trace is not None:
                 context.trace.stamp("HTTP_RECV_END")
             if not graph.ready:
@@ -142,24 +144,24 @@ class Exchange(ABC, Generic[AnswerT]):
             if b"accept-encoding" in headers:
                 content = await self.packed(content, headers[b"accept-encoding"], response)
             status = 200
-            if graph.traffic is not None:
-                graph.traffic["http"].succeeded(context)
         except ClientGone:
-            self.count_failure(graph, ErrorCode.CANCELLED)
             return
+        except ServingGraphError as error:
+            self.report(error, graph, context)
+            status, response, content = error_response(error)
+            if error.__class__ is RequestTooLarge:
+                response.append(_CLOSE)  # what is left of the body is not worth reading
         except asyncio.CancelledError as error:
             if self._departures.gone(task):
-                self.count_failure(graph, ErrorCode.CANCELLED)
                 return  # nobody is there to answer
             failure = self.cancelled(task, error)
             self.report(failure, graph, context)
             status, response, content = error_response(failure)
-        except Exception as error:
-            failure = as_failure(error)
+        except Exception as error:  # a defect of ours: the caller is answered all the same
+            failure = StepFailed(f"{type(error).__name__}: {error}")
+            failure.__cause__ = error
             self.report(failure, graph, context)
             status, response, content = error_response(failure)
-            if failure.__class__ is RequestTooLarge:
-                response.append(_CLOSE)  # what is left of the body is not worth reading
         finally:
             self.leave(task, context)
         reply = scope.get("extensions", _NO_EXTENSIONS).get(REPLY)
@@ -167,14 +169,8 @@ class Exchange(ABC, Generic[AnswerT]):
         if reply is None or response[-1] is _CLOSE or not reply(_head(status, response, len(content)), content):
             await send_whole(send, status, response, content)
 
-    def count_failure(self, graph: ServedGraph, code: ErrorCode) -> None:
-        """Count a request that gets no answer."""
-        if graph.traffic is not None:
-            graph.traffic["http"].failed(code.value)
-
     def report(self, error: ServingGraphError, graph: ServedGraph, context: Context) -> None:
-        """Count a failure, and log those that are ours or the graph's; a caller's mistakes are told to the caller only."""
-        self.count_failure(graph, error.code)
+        """Log failures that are ours or the graph's; a caller's mistakes are told to the caller only."""
         if isinstance(error, StepFailed):
             self._failures.report(graph.plan.name, context.id, error)
 
@@ -257,21 +253,21 @@ class Exchange(ABC, Generic[AnswerT]):
         return await asyncio.to_thread(compress, content, coding)
 
 
-def as_failure(error: Exception) -> ServingGraphError:
-    """Return what a client is told of an error; for a defect of ours it is answered all the same."""
-    if isinstance(error, ServingGraphError):
-        return error
-    failure = StepFailed(f"{type(error).__name__}: {error}")
-    failure.__cause__ = error
-    return failure
-
-
 def _head(status: int, headers: list[tuple[bytes, bytes]], length: int) -> bytes:
     """Return a status line and headers as they go over the wire, but for the empty line at their end."""
     if status == 200 and len(headers) == 1 and headers[0] is JSON_FIELD:
         return b"%b%d\r\n" % (_JSON_HEAD, length)
     lines = [STATUS_LINE[status], *(b"%b: %b\r\n" % header for header in headers), b"content-length: %d\r\n" % length]
     return b"".join(lines)
+
+
+def addressed(scope: Scope) -> Context:
+    """Return a context that knows which route and version of a graph the URL names."""
+    context = Context()
+    context.route = scope.get(ROUTE, "")
+    _, _, behind = scope["path"].partition("/versions/")
+    context.version = behind.partition("/")[0]
+    return context
 
 
 async def send_whole(send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-from servinggraph import Context, Graph, InvalidRequest, signature, steps
+from servinggraph import Context, Graph, InvalidRequest, routers, signature, steps
 from servinggraph.errors import (
     DatatypeMismatch,
     DeadlineExceeded,
@@ -496,3 +496,24 @@ async def test_inputs_cannot_be_changed_by_a_step(front_end):
 
 async def test_the_error_types_of_shapes_and_datatypes_are_invalid_requests():
     assert issubclass(DatatypeMismatch, InvalidRequest)
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+async def test_a_version_is_a_branch_of_a_model_router(front_end, version):
+    branches = {"v1": lambda value: {"y": value["x"] * 1}, "v2": lambda value: {"y": value["x"] * 2}}
+    graph = Graph("g", {"x": ("FP32", [-1])}).to(routers.Model(branches, "version"), "test").respond()
+    async with front_end.open(graph) as client:
+        reply = await client.infer({"x": X}, version=version)
+        assert (version, f"v{version}") == (reply.version, reply.parameters["test.variant"])
+        assert (X * int(version)).tolist() == reply.outputs["y"].tolist()
+        with pytest.raises(GraphNotFound, match="version 3 is not found; there are 1, 2"):
+            await client.infer({"x": X}, version="3")
+
+
+async def test_a_route_in_a_parameter_is_a_branch_of_a_model_router(front_end):
+    branches = {"same": echo, "twice": lambda value: {"y": value["x"] * 2}}
+    graph = Graph("g", {"x": ("FP32", [-1])}).to(routers.Model(branches), "test").respond()
+    async with front_end.open(graph) as client:
+        assert [2.0, 4.0] == (await client.infer({"x": X}, parameters={"route": "twice"})).outputs["y"].tolist()
+        with pytest.raises(GraphNotFound, match="did you mean 'twice'"):
+            await client.infer({"x": X}, parameters={"route": "twise"})

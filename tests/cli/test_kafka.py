@@ -1,0 +1,79 @@
+"""`servinggraph kafka send` and `read`: records with nothing else installed."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from servinggraph.cli import main
+
+
+def kafka(*words, **options):
+    return CliRunner().invoke(main, ["kafka", *words], **options)
+
+
+@pytest.fixture
+def topic(kafka_process):
+    import asyncio
+
+    return asyncio.run(kafka_process.topic("console", partitions=1))
+
+
+def test_what_is_sent_is_read(topic, kafka_process, tmp_path):
+    (tmp_path / "body.json").write_text('{"a": [1, 2]}')
+    brokers = ["--brokers", kafka_process.address]
+
+    sent = kafka(
+        "send", topic, f"@{tmp_path}/body.json", "plain", "-", "--key", "k", "--header", "x-request-id=7", *brokers, input="in"
+    )
+    read = kafka("read", topic, "--from-start", "--count", "3", *brokers)
+
+    assert (0, 0) == (sent.exit_code, read.exit_code), sent.output + read.output
+    lines = [json.loads(line) for line in read.output.splitlines()]
+    assert [{"a": [1, 2]}, "plain", "in"] == [line["value"] for line in lines]
+    assert {("k", "7", "application/json")} == {
+        (line["key"], line["headers"]["x-request-id"], line["headers"]["content-type"]) for line in lines
+    }
+    assert [0, 1, 2] == [line["offset"] for line in lines]
+
+
+def test_brokers_come_from_the_graph_file(topic, kafka_process, tmp_path):
+    (tmp_path / "graph.yaml").write_text(
+        f"""
+graph: g
+inputs: body
+kafka: {{brokers: "{kafka_process.address}", input: {{topics: [a], group: g}}, output: {{topic: b}}}}
+nodes: {{same: {{step: python, call: "copy:copy"}}}}
+answer: same
+"""
+    )
+
+    done = kafka("send", topic, "1", "--graph", str(tmp_path / "graph.yaml"))
+
+    assert 0 == done.exit_code, done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["send", "t", "1"], "which brokers?"),
+        (["send", "t", "1", "--brokers", "nowhere"], "host:port"),
+        (["send", "t", "1", "--header", "x", "--brokers", "127.0.0.1:1"], "expected NAME=VALUE"),
+        (["send", "t", "@/no/such/file", "--brokers", "127.0.0.1:1"], "No such file"),
+        (["send", "t", "1", "--brokers", "127.0.0.1:1"], "127.0.0.1:1"),
+        (["read", "t", "--brokers", "127.0.0.1:1"], "127.0.0.1:1"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line(words, text):
+    done = kafka(*words)
+
+    assert 0 != done.exit_code
+    assert text in done.output
+    assert "Traceback" not in done.output
+
+
+def test_a_topic_that_is_not_there_is_said(kafka_process):
+    done = kafka("read", "no-such-topic", "--brokers", kafka_process.address)
+
+    assert 1 == done.exit_code
+    assert "topic 'no-such-topic' does not exist" in done.output

@@ -1,0 +1,63 @@
+"""The `kafka:` block: what it takes, and what it refuses with which words."""
+
+import pytest
+
+from servinggraph import Graph
+from servinggraph.errors import GraphInvalid
+from servinggraph.kafka import KafkaOptions, SecurityOptions
+
+LEAST = {"brokers": "127.0.0.1:9092", "input": {"topics": ["in"], "group": "g"}, "output": {"topic": "out"}}
+
+
+def compiled(**kafka):
+    graph = Graph("g", {"x": ("FP32", [-1])}, kafka={**LEAST, **kafka})
+    return graph.to(lambda x: x, "step").respond().compile().kafka
+
+
+def test_the_least_that_a_block_needs_is_brokers_topics_and_a_group():
+    options = compiled()
+
+    assert ("at_least_once", "key", "auto", "earliest") == (
+        options.delivery,
+        options.order,
+        options.format,
+        options.input.start,
+    )
+
+
+@pytest.mark.parametrize(
+    ("kafka", "text"),
+    [
+        ({"brokers": "nowhere"}, "each broker is 'host:port', got 'nowhere'"),
+        ({"delivry": "x"}, "unknown key 'kafka.delivry'; did you mean 'delivery'?"),
+        ({"delivery": "exactly"}, "'kafka.delivery': expected 'at_least_once', 'exactly_once' or 'at_most_once'"),
+        ({"output": {}}, "answers have nowhere to go"),
+        ({"output": {"topic": "in"}}, "output.topic 'in' is read, too"),
+        ({"errors": {"topic": "in"}}, "errors.topic 'in' is read, too"),
+        ({"output": {"topic": "out", "key": "none"}}, "'order: key' needs 'output: {key: same}'"),
+        ({"max_waiting": 5}, "max_waiting 5 is below max_in_flight 256"),
+        ({"security": {"protocol": "sasl_ssl"}}, "PLAIN needs 'username' and 'password'"),
+        ({"security": {"username": "me"}}, "'protocol: plaintext' takes no user"),
+        ({"security": {"ca": "ca.pem"}}, "'protocol: plaintext' takes no certificates"),
+        ({"security": {"protocol": "ssl", "cert": "c.pem"}}, "'cert' and 'key' go together"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_at_compile_time(kafka, text):
+    with pytest.raises(GraphInvalid) as refused:
+        compiled(**kafka)
+
+    assert text in str(refused.value)
+
+
+def test_a_password_is_in_no_text():
+    security = SecurityOptions(protocol="sasl_plaintext", username="me", password="secret-word", key_password="other-word")
+    options = KafkaOptions.model_validate({**LEAST, "security": security})
+
+    assert "word" not in repr(options).replace("password", "")
+    assert "secret-word" == options.client_settings()["sasl_plain_password"]
+
+
+def test_reply_topics_are_patterns():
+    output = KafkaOptions.model_validate({**LEAST, "output": {"reply_topics": ["replies.*", "answers"]}}).output
+
+    assert [True, True, False] == [output.may_reply_to(topic) for topic in ("replies.a", "answers", "answers2")]
