@@ -7,6 +7,7 @@
     │   ├── UnsupportedType        a free-form body's content type or charset cannot be taken
     │   └── NotAcceptable          the answer cannot be given in a type that the caller takes
     ├── GraphNotFound              no such graph, or no such version of it
+    ├── RequestNotFound        feedback for a request that is not remembered
     ├── RegionNotFound             no such shared memory region
     ├── Conflict                   what is to be changed has changed meanwhile
     ├── LimitExceeded              something is full: in-flight requests, a batch queue
@@ -43,6 +44,7 @@ __all__ = [
     "NotAcceptable",
     "Problem",
     "RegionNotFound",
+    "RequestNotFound",
     "RequestTooLarge",
     "ServingGraphError",
     "ShapeMismatch",
@@ -158,6 +160,12 @@ class NotAcceptable(InvalidRequest):
 
 class GraphNotFound(ServingGraphError):
     """No graph is served under this name, or not in this version."""
+
+    code = ErrorCode.NOT_FOUND
+
+
+class RequestNotFound(ServingGraphError):
+    """No request of this id is remembered: it was never answered here, or too long ago."""
 
     code = ErrorCode.NOT_FOUND
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
@@ -28,6 +29,7 @@ __all__ = [
     "NodeSketch",
     "Operation",
     "Options",
+    "Receipt",
     "Router",
     "RouterHost",
     "RouterOptions",
@@ -301,9 +303,26 @@ class Router(ABC, Generic[OptionsT]):
         """
         self.adjust(remembered)
 
-    def feedback(self, record: Feedback) -> bool:
-        """Take the outcome of an earlier request; return False when this router has no use for it."""
-        return False
+    def feedback(self, record: Feedback) -> Receipt | bool:
+        """Take the outcome of an earlier request, and say what became of it; True is TAKEN, False is UNUSED.
+
+        Raises:
+            InvalidRequest: this router would use it, but it cannot be.
+        """
+        return Receipt.UNUSED
+
+
+class Receipt(Enum):
+    """What a router did with feedback."""
+
+    TAKEN = "taken"
+    """It learned from it."""
+    DUPLICATE = "duplicate"
+    """It has had feedback for this request already; nothing has changed."""
+    UNKNOWN = "unknown"
+    """It does not remember this request: it never answered it, or too long ago."""
+    UNUSED = "unused"
+    """It has no use for such feedback."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,6 +335,7 @@ class Feedback:
         reward: how good the answer was; None where a truth is given instead.
         truth: what the answer should have been, tensors or plain values; None where a reward is given.
         metric: name of what is measured, where a graph has several.
+        node: the router that it is for; empty for every one that can use it.
     """
 
     id: str = ""
@@ -323,3 +343,4 @@ class Feedback:
     reward: float | None = None
     truth: Any = None
     metric: str = "reward"
+    node: str = ""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from servinggraph.errors import Conflict, GraphNotFound, InvalidRequest, StepFailed, nearest
-from servinggraph.interfaces import Feedback, Router
+from servinggraph.interfaces import Router
 from servinggraph.lifecycle.audit import AuditLog
 from servinggraph.plan import Plan
 from servinggraph.state import StateFailed, StateStore, open_store
@@ -199,15 +199,3 @@ def seat_of(seats: Mapping[str, RouterSeat], node: str, graph: str) -> RouterSea
     if seat is None:
         raise GraphNotFound(f"graph '{graph}' has no router '{node}'{nearest(node, list(seats))}")
     return seat
-
-
-def give_feedback(seats: Mapping[str, RouterSeat], record: Feedback, graph: str) -> list[str]:
-    """Hand an outcome to every router of a graph; return the names of those that took it.
-
-    Raises:
-        InvalidRequest: no router of the graph takes feedback.
-    """
-    taken = [name for name, seat in seats.items() if seat.router.feedback(record)]
-    if not taken:
-        raise InvalidRequest(f"graph '{graph}' has no router that could use this feedback")
-    return taken

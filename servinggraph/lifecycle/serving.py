@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from servinggraph.interfaces import FrontEndOptions
+from servinggraph.interfaces import FrontEndOptions, Receipt
 from servinggraph.lifecycle.admission import Admission
 from servinggraph.lifecycle.audit import AuditLog
 from servinggraph.lifecycle.catalog import Catalog
 from servinggraph.lifecycle.control import Control
 from servinggraph.lifecycle.failures import FailureLog
+from servinggraph.lifecycle.feedback import give_feedback, read_feedback
 from servinggraph.lifecycle.logs import LogSettings
 from servinggraph.lifecycle.repository import Repository, RepositorySettings
 from servinggraph.lifecycle.shared_memory import SharedMemory
@@ -49,6 +52,26 @@ class Serving:
         self.repository = Repository(self.catalog, repository)
         self.tracing = Tracing(self.catalog, TraceSink(self.options.trace_file))
         self.logs = LogSettings()
+
+    def feedback(self, graph: str, document: Mapping[str, Any], version: str = "") -> dict[str, Receipt]:
+        """Tell a graph what became of an earlier answer.
+
+        Args:
+            graph: its name.
+            document: `id` of the request or `variant` that answered; `reward` or `truth`; where needed `metric`, `node`.
+            version: its version; the newest by default.
+
+        Returns:
+            What became of it, by router.
+
+        Raises:
+            InvalidRequest: no such feedback, or no router that could use it.
+            RequestNotFound: no router remembers the request.
+            GraphNotFound: no such graph or router.
+        """
+        record = read_feedback(document)
+        found = self.catalog.get(graph, version)
+        return give_feedback(found.seats, record, found.plan.name)
 
     async def close(self) -> None:
         """Write what is still to be written, and undo what settings changed in the process; the graphs have stopped."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from servinggraph.interfaces import NodeSketch
 
-__all__ = ["Ab", "Chain", "Choice", "Cycle", "Ensemble", "Fallback", "Filter", "Map", "Model"]
+__all__ = ["Ab", "Bandit", "Chain", "Choice", "Cycle", "Ensemble", "Fallback", "Filter", "Map", "Model"]
 
 
 def Ab(  # noqa: N802  (reads as the kind that it makes)
@@ -21,6 +21,19 @@ def Ab(  # noqa: N802  (reads as the kind that it makes)
         options: keys of the `ab` router and of any node: `key`, `state`, ...
     """
     return NodeSketch("router", "ab", {"weights": dict(weights), **options}, dict(branches))
+
+
+def Bandit(  # noqa: N802
+    branches: Mapping[str, NodeSketch | Callable[..., Any]], policy: str, **options: Any
+) -> NodeSketch:
+    """Return a bandit router for the builder.
+
+    Args:
+        branches: name to step, router or plain function.
+        policy: "epsilon_greedy", "ucb1", "thompson" or "linucb".
+        options: keys of the `bandit` router and of any node: `epsilon`, `features`, `scorer`, `state`, ...
+    """
+    return NodeSketch("router", "bandit", {"policy": policy, **options}, dict(branches))
 
 
 def Chain(branches: Mapping[str, NodeSketch | Callable[..., Any]], **options: Any) -> NodeSketch:  # noqa: N802

@@ -147,6 +147,37 @@ class AsyncMock:
         """
         return self._serving.control.change(seat_of(self._graph.seats, node, self._plan.name), changes, who, why)
 
+    async def feedback(
+        self,
+        id: str = "",
+        *,
+        variant: str = "",
+        reward: float | None = None,
+        truth: Any = None,
+        metric: str = "",
+        node: str = "",
+    ) -> dict[str, str]:
+        """Tell routers what became of an earlier answer, as POST /v2/models/{graph}/feedback does.
+
+        Args:
+            id: id of the request.
+            variant: branch that answered, where the request has no id.
+            reward: how good the answer was.
+            truth: what the answer should have been, for a router with a scorer, in place of a reward.
+            metric: name of what is measured; "reward" by default.
+            node: the router that it is for; by default every one that can use it.
+
+        Returns:
+            Router name to "taken", "duplicate" or "unknown".
+
+        Raises:
+            InvalidRequest: no router could use it.
+            RequestNotFound: no router remembers the request.
+        """
+        said = {"id": id, "variant": variant, "reward": reward, "truth": truth, "metric": metric, "node": node}
+        receipts = self._serving.feedback(self._plan.name, said)
+        return {name: receipt.value for name, receipt in receipts.items()}
+
     async def infer(
         self,
         inputs: Mapping[str, Any] | None = None,
@@ -394,6 +425,10 @@ class SyncMock:
     def adjust(self, node: str, changes: Mapping[str, Any], who: str = "test", why: str = "") -> dict[str, Any]:
         """Change settings of a router; see `AsyncMock.adjust`."""
         return self._portal.call(self._server.adjust, node, changes, who, why)
+
+    def feedback(self, id: str = "", **said: Any) -> dict[str, str]:
+        """Tell routers what became of an earlier answer; see `AsyncMock.feedback`."""
+        return self._portal.call(lambda: self._server.feedback(id, **said))
 
     def infer(self, inputs: Mapping[str, Any] | None = None, /, **options: Any) -> InferenceResponse:
         """Send one request; see `AsyncMock.infer`."""

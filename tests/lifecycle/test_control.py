@@ -13,7 +13,8 @@ from servinggraph.interfaces import Feedback
 from servinggraph.lifecycle import Control
 from servinggraph.lifecycle.audit import AuditLog
 from servinggraph.lifecycle.catalog import Catalog
-from servinggraph.lifecycle.control import give_feedback, seat_of
+from servinggraph.lifecycle.control import seat_of
+from servinggraph.lifecycle.feedback import give_feedback
 
 X = np.array([1.0], np.float32)
 

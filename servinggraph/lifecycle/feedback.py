@@ -1,0 +1,68 @@
+"""Feedback: what became of an earlier answer, read from any front end and handed to the routers that learn from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+from servinggraph.errors import GraphNotFound, InvalidRequest, RequestNotFound, nearest
+from servinggraph.interfaces import Feedback, Receipt
+
+if TYPE_CHECKING:
+    from servinggraph.lifecycle.control import RouterSeat
+
+__all__ = ["give_feedback", "read_feedback"]
+
+_KEYS = ("id", "variant", "reward", "truth", "metric", "node")
+
+
+def read_feedback(document: Mapping[str, Any]) -> Feedback:
+    """Return the feedback that a mapping of plain values says.
+
+    Raises:
+        InvalidRequest: an unknown key, one that is missing, or one of a wrong kind.
+    """
+    for key in document:
+        if key not in _KEYS:
+            raise InvalidRequest(f"unknown key '{key}': expected id or variant, reward or truth, metric, node")
+    texts = {key: document.get(key, "") for key in ("id", "variant", "metric", "node")}
+    for key, text in texts.items():
+        if type(text) is not str:
+            raise InvalidRequest(f"'{key}' of feedback is text")
+    if not (texts["id"] or texts["variant"]):
+        raise InvalidRequest("feedback needs the 'id' of the request, or the 'variant' that answered, as text")
+    reward, truth = document.get("reward"), document.get("truth")
+    if (reward is None) == (truth is None):
+        raise InvalidRequest("feedback has a 'reward' (a number) or a 'truth', one of the two")
+    if reward is not None and (type(reward) not in (int, float) or not isfinite(reward)):
+        raise InvalidRequest("'reward' is a finite number")
+    metric = texts["metric"] or "reward"
+    return Feedback(texts["id"], texts["variant"], None if reward is None else float(reward), truth, metric, texts["node"])
+
+
+def give_feedback(seats: Mapping[str, RouterSeat], record: Feedback, graph: str) -> dict[str, Receipt]:
+    """Hand an outcome to every router of a graph that can use it; return what became of it, by router.
+
+    Raises:
+        InvalidRequest: no router of the graph takes such feedback, or one that does cannot use it.
+        RequestNotFound: no router remembers the request.
+        GraphNotFound: `record.node` is no router.
+    """
+    if record.node:
+        if record.node not in seats:
+            raise GraphNotFound(f"graph '{graph}' has no router '{record.node}'{nearest(record.node, list(seats))}")
+        seats = {record.node: seats[record.node]}
+    receipts: dict[str, Receipt] = {}
+    for name, seat in seats.items():
+        receipt = seat.router.feedback(record)
+        if isinstance(receipt, bool):
+            receipt = Receipt.TAKEN if receipt else Receipt.UNUSED
+        if receipt is not Receipt.UNUSED:
+            receipts[name] = receipt
+    if not receipts:
+        raise InvalidRequest(f"graph '{graph}' has no router that could use this feedback")
+    if all(receipt is Receipt.UNKNOWN for receipt in receipts.values()):
+        text = "was never answered here, or so long ago that its feedback is too late"
+        raise RequestNotFound(f"request '{record.id}' is not known to {', '.join(receipts)} of graph '{graph}': it {text}")
+    return receipts

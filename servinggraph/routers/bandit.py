@@ -1,0 +1,282 @@
+"""The `bandit` router: each request goes to the variant that a policy chooses, and feedback teaches the policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from servinggraph.context import Context
+from servinggraph.errors import ErrorCode, GraphInvalid, InvalidRequest, Problem, ServingGraphError
+from servinggraph.importing import ImportProblem
+from servinggraph.interfaces import Feedback, Handler, Receipt, Router
+from servinggraph.routers.bandits import (
+    MAX_FEATURES,
+    Answers,
+    Arm,
+    BanditOptions,
+    Scorer,
+    policy_of,
+    report_of,
+    scorer,
+)
+from servinggraph.routers.selection import Decisions, KeyReader, key_reader
+from servinggraph.routers.signatures import common_signature
+from servinggraph.tensors import Array, Signature, TensorSpec
+
+__all__ = ["Bandit", "BanditOptions"]
+
+_OWN_FAULT: Final = frozenset({ErrorCode.INTERNAL, ErrorCode.UNAVAILABLE, ErrorCode.DEADLINE_EXCEEDED})
+"""Failures that a variant answers for; the others are the caller's, or a limit's."""
+
+
+class Bandit(Router[BanditOptions]):
+    """Sends each request to one variant, and learns which from feedback.
+
+    Which one answered stands in the response's parameters, `<node>.variant`. What is learned are
+    sums over rewards, so a reward that comes late or out of order counts like any other. Requests are
+    remembered by id in this process; feedback that names a variant instead can go to any.
+    """
+
+    options_type = BanditOptions
+    decides_by_request = True
+
+    def signature(self, branches: Mapping[str, Signature]) -> Signature:
+        problems: list[Problem] = []
+        options = self.options
+        self._policy = policy_of(options, problems)
+        self._arms: dict[str, Arm] = {name: self._policy.arm(name) for name in branches}
+        self._enabled: Sequence[Arm] = tuple(self._arms.values())
+        self._scorer = self._made_scorer(problems)
+        self._key: KeyReader | None = None
+        if options.key is not None:
+            try:
+                self._key = key_reader(options.key)
+            except ValueError as error:
+                problems.append(Problem(str(error), node="key"))
+        failure = options.failure_reward
+        if failure is not None and float(failure) not in self._policy.rewards:
+            problems.append(Problem(f"{failure} is outside of reward_range", node="failure_reward"))
+        signature = common_signature(branches, problems)
+        if problems:
+            raise GraphInvalid(problems)
+        self._answers = Answers(options.window, keep=self._scorer is not None)
+        self._stays: Decisions[Arm] = Decisions(options.window.size, options.window.age_s)
+        self._parameter = f"{self.name}.variant"
+        self._size: int | None = None
+        self._clipped = 0
+        self._resets = 0
+        if options.features is None or signature.inputs is None:
+            return signature
+        return Signature({options.features: TensorSpec(), **signature.inputs}, signature.outputs)
+
+    async def route(self, value: Any, context: Context, branches: Mapping[str, Handler]) -> Any:
+        features = None if self.options.features is None else self._features(value, self.options.features)
+        arm = self._policy.choose(self._enabled, features) if self._key is None else self._stay(value, context, features)
+        arm.decided += 1
+        context.response_parameters[self._parameter] = arm.name
+        try:
+            answer = await branches[arm.name](value, context)
+        except ServingGraphError as error:
+            if self.options.failure_reward is not None and error.code in _OWN_FAULT:
+                self._observe(arm, self.options.failure_reward, features)
+            raise
+        if context.id:
+            assert self.host is not None  # it serves
+            self._answers.note(context.id, arm, features, answer, self.host.now())
+        return answer
+
+    def describe(self) -> str:
+        return f"bandit ({self.options.policy}: {', '.join(self._arms)})"
+
+    def feedback(self, record: Feedback) -> Receipt:
+        if record.metric != self.options.metric or (record.variant and record.variant not in self._arms):
+            return Receipt.UNUSED
+        if record.id:
+            return self._of_request(record)
+        if record.reward is None:
+            raise InvalidRequest(f"router '{self.name}' compares a truth with an answer: it needs the 'id' of the request")
+        if self._policy.contextual:
+            raise InvalidRequest(f"router '{self.name}' learns from a request's features: it needs the 'id' of the request")
+        self._observe(self._arms[record.variant], self._checked(record.reward), None)
+        return Receipt.TAKEN
+
+    def settings(self) -> dict[str, Any]:
+        numbers = {name: self._policy.values[name] for name, number in self._policy.numbers.items() if not number.fixed}
+        return {**numbers, "enabled": {name: arm.enabled for name, arm in self._arms.items()}, "resets": self._resets}
+
+    def adjust(self, changes: Mapping[str, Any]) -> None:
+        numbers: dict[str, float] = {}
+        for name, value in changes.items():
+            if name in ("enabled", "resets"):
+                continue
+            number = self._policy.numbers.get(name)
+            if number is None or number.fixed:
+                raise InvalidRequest(f"'{name}' cannot be changed; {', '.join(self.settings())} can")
+            if reason := number.problem(name, value):
+                raise InvalidRequest(reason)
+            numbers[name] = float(value)
+        enabled = self._checked_enabled(changes.get("enabled", {}))
+        resets = changes.get("resets", self._resets)
+        if type(resets) is not int or resets not in (self._resets, self._resets + 1):
+            text = f"'resets' counts how often everything was forgotten, {self._resets} times: one more forgets it now"
+            raise InvalidRequest(f"{text}, got {resets!r}")
+        self._policy.values.update(numbers)
+        self._enable(enabled)
+        if resets != self._resets:
+            self._forget(resets)
+
+    def report(self) -> dict[str, Any]:
+        return report_of(self._arms, self._answers, self._clipped)
+
+    def remember(self) -> dict[str, Any]:
+        return {**self.settings(), "learned": {name: arm.sums() for name, arm in self._arms.items()}}
+
+    def recall(self, remembered: Mapping[str, Any]) -> None:
+        numbers = self._policy.numbers
+        known = {n: v for n, v in remembered.items() if n in numbers and not numbers[n].fixed and not numbers[n].problem(n, v)}
+        self._policy.values.update(known)
+        enabled = remembered.get("enabled", {})
+        self._enable({name: bool(enabled.get(name, True)) for name in self._arms})
+        self._resets = int(remembered.get("resets", 0))
+        learned = remembered.get("learned", {})
+        for name, arm in self._arms.items():
+            self._take(arm, learned.get(name, {}))
+
+    def _features(self, value: Any, name: str) -> Array:
+        """Return a request's features with a constant 1 behind them.
+
+        Raises:
+            InvalidRequest: it has none, or others than the requests before it.
+        """
+        given = value.get(name) if isinstance(value, Mapping) else None
+        if given is None:
+            raise InvalidRequest(f"'{name}' is not there, by whose values router '{self.name}' decides")
+        try:
+            row = np.asarray(given, np.float64)
+        except (TypeError, ValueError):
+            raise InvalidRequest(f"'{name}' is no array of numbers, and router '{self.name}' decides by them") from None
+        if row.ndim > 1 and row.shape[0] != 1:
+            text = f"'{name}' has {row.shape[0]} rows, and router '{self.name}' decides for a whole request: send one row"
+            raise InvalidRequest(text)
+        size = row.size + 1
+        if size != self._size:
+            if self._size is not None:
+                raise InvalidRequest(f"'{name}' has {row.size} values, those before it had {self._size - 1}")
+            if not 1 <= row.size <= MAX_FEATURES:
+                raise InvalidRequest(f"'{name}' has {row.size} values; features are 1 to {MAX_FEATURES}")
+        features = np.empty(size)
+        features[:-1] = row.reshape(-1)
+        features[-1] = 1.0
+        if not np.isfinite(features).all():
+            raise InvalidRequest(f"'{name}' has a value that is not finite")
+        self._size = size
+        return features
+
+    def _stay(self, value: Any, context: Context, features: Array | None) -> Arm:
+        """Return the arm that a caller stays with, or stays with from now on."""
+        assert self._key is not None
+        assert self.host is not None  # it serves
+        key = self._key(value, context)
+        if key is None:
+            return self._policy.choose(self._enabled, features)
+        now = self.host.now()
+        arm = self._stays.find(key, now)
+        if arm is None or not arm.enabled:
+            arm = self._policy.choose(self._enabled, features)
+            self._stays.note(key, arm, now)
+        return arm
+
+    def _of_request(self, record: Feedback) -> Receipt:
+        assert self.host is not None  # it serves
+        answered = self._answers.find(record.id, self.host.now())
+        if answered is None:
+            self._answers.unknown += 1
+            return Receipt.UNKNOWN
+        if record.variant and record.variant != answered.arm.name:
+            raise InvalidRequest(f"request '{record.id}' was answered by '{answered.arm.name}', not by '{record.variant}'")
+        if answered.learned:
+            self._answers.duplicates += 1
+            return Receipt.DUPLICATE
+        if record.reward is not None:
+            reward = self._checked(record.reward)
+        elif self._scorer is None:
+            raise InvalidRequest(f"router '{self.name}' has no scorer that could compare a truth: send a reward")
+        elif answered.answer is None:
+            self._answers.unknown += 1
+            return Receipt.UNKNOWN
+        else:
+            try:
+                reward = self._clip(self._scorer(answered.answer, record.truth))
+            except ServingGraphError as error:
+                raise error.at(self.name) from error.__cause__
+        self._observe(answered.arm, reward, answered.features)
+        self._answers.learned(answered)
+        return Receipt.TAKEN
+
+    def _observe(self, arm: Arm, reward: float, features: Array | None) -> None:
+        assert self.host is not None  # it serves
+        arm.observe(reward, features)
+        self.host.keep()
+
+    def _checked(self, reward: float) -> float:
+        low, high = self._policy.rewards
+        if reward not in self._policy.rewards:
+            where = f"from {low:g} to {high:g} (its reward_range)" if self._policy.rewards.bounded else "a finite number"
+            raise InvalidRequest(f"router '{self.name}' takes rewards {where}, got {reward:g}")
+        return reward
+
+    def _clip(self, reward: float) -> float:
+        """Return the nearest reward in the range: an answer that is far off must count, and as nothing worse than bad."""
+        low, high = self._policy.rewards
+        if low <= reward <= high:
+            return reward
+        self._clipped += 1
+        return low if reward < low else high
+
+    def _checked_enabled(self, enabled: Any) -> dict[str, bool]:
+        if not isinstance(enabled, Mapping) or any(type(value) is not bool for value in enabled.values()):
+            raise InvalidRequest("'enabled' is a mapping of branch to true or false")
+        for name in enabled:
+            if name not in self._arms:
+                raise InvalidRequest(f"'enabled' names '{name}', which is no branch: {', '.join(self._arms)}")
+        merged = {name: enabled.get(name, arm.enabled) for name, arm in self._arms.items()}
+        if not any(merged.values()):
+            raise InvalidRequest("at least one branch stays enabled")
+        return merged
+
+    def _enable(self, enabled: Mapping[str, bool]) -> None:
+        for name, arm in self._arms.items():
+            arm.enabled = enabled[name]
+        self._enabled = tuple(arm for arm in self._arms.values() if arm.enabled) or tuple(self._arms.values())
+
+    def _forget(self, resets: int) -> None:
+        for arm in self._arms.values():
+            arm.clear()
+        self._resets = resets
+
+    def _take(self, arm: Arm, sums: Mapping[str, float]) -> None:
+        """Take up saved sums.
+
+        Raises:
+            InvalidRequest: they are of other rewards, or of features of another size.
+        """
+        low, high = self._policy.rewards
+        count, total = float(sums.get("count", 0)), float(sums.get("total", 0))
+        if not low * count - 1e-6 * (count + 1) <= total <= high * count + 1e-6 * (count + 1) and count:
+            raise InvalidRequest(f"the mean reward of '{arm.name}' was {total / count:g}, outside of reward_range")
+        arm.take(sums)
+        size = self._policy.size_of(arm)
+        if size is not None and self._size not in (None, size):
+            raise InvalidRequest(f"'{arm.name}' learned from {size - 1} features, another from {(self._size or 1) - 1}")
+        self._size = size or self._size
+
+    def _made_scorer(self, problems: list[Problem]) -> Scorer | None:
+        if self.options.scorer is None:
+            return None
+        try:
+            return scorer(self.options.scorer, self.base)
+        except (ValueError, ImportProblem) as error:
+            problems.append(Problem(str(error), node="scorer"))
+            return None

@@ -1,0 +1,170 @@
+"""Arms with the sums that policies learn from, and what a policy is.
+
+Everything that is learned is a sum over rewards. That is why what several workers have learned
+can be added up, and why a policy never sees a single reward again.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from math import inf, isfinite, sqrt
+from typing import Any, ClassVar, Final, NamedTuple
+
+from numpy.random import Generator
+
+from servinggraph.tensors import Array
+
+__all__ = ["Arm", "Number", "Policy", "RewardRange"]
+
+
+class RewardRange(NamedTuple):
+    """What a reward can be."""
+
+    low: float = -inf
+    """The worst reward."""
+    high: float = inf
+    """The best reward."""
+
+    def __contains__(self, reward: object) -> bool:
+        return isinstance(reward, float) and isfinite(reward) and self.low <= reward <= self.high
+
+    @property
+    def bounded(self) -> bool:
+        """True where there is a worst and a best reward."""
+        return isfinite(self.low) and isfinite(self.high)
+
+
+class Arm:
+    """One variant, and what is known of its rewards.
+
+    Attributes:
+        name: the branch.
+        enabled: False while no request is to go to it.
+        decided: requests that were sent to it.
+        count: rewards that came.
+        total: their sum.
+        squares: the sum of their squares.
+    """
+
+    SUMS: ClassVar = ("decided", "count", "total", "squares")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.enabled = True
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.decided = 0.0
+        self.count = 0.0
+        self.total = 0.0
+        self.squares = 0.0
+
+    def observe(self, reward: float, features: Array | None) -> None:
+        """Learn a reward, of a request with these features where the policy looks at them."""
+        self.count += 1.0
+        self.total += reward
+        self.squares += reward * reward
+
+    def sums(self) -> dict[str, float]:
+        """Return what is known, as numbers by name that add up over workers."""
+        return {name: getattr(self, name) for name in Arm.SUMS}
+
+    def take(self, sums: Mapping[str, float]) -> None:
+        """Know what `sums` says, in place of what was known; a name that is missing counts as 0."""
+        for name in Arm.SUMS:
+            setattr(self, name, float(sums.get(name, 0.0)))
+
+    @property
+    def mean(self) -> float | None:
+        """Mean reward; None before the first."""
+        return self.total / self.count if self.count else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation of the rewards (n - 1); None before the second."""
+        if self.count < 2:
+            return None
+        return sqrt(max(0.0, self.squares - self.total * self.total / self.count) / (self.count - 1))
+
+
+class Number(NamedTuple):
+    """A number that tunes a policy."""
+
+    default: float
+    """What it is unless the graph says otherwise."""
+    low: float = 0.0
+    """The smallest that it can be."""
+    high: float = inf
+    """The largest that it can be."""
+    fixed: bool = False
+    """True when it cannot be changed while it serves."""
+
+    def problem(self, name: str, value: Any) -> str | None:
+        """Say why a value cannot be this number; None when it can."""
+        if (
+            not isinstance(value, bool)
+            and isinstance(value, int | float)
+            and isfinite(value)
+            and self.low <= value <= self.high
+        ):
+            return None
+        wanted = f"from {self.low:g} on" if self.high == inf else f"from {self.low:g} to {self.high:g}"
+        return f"'{name}' is a number {wanted}, got {value!r}"
+
+
+class Policy(ABC):
+    """Chooses an arm.
+
+    Attributes:
+        kind: its name in a graph.
+        numbers: the numbers that tune it, by name.
+        values: what they are now.
+        needs_range: why rewards need a smallest and a largest value; None where they do not.
+        contextual: True when it looks at features of the request.
+
+    Args:
+        rewards: what a reward can be.
+        random: source of chance.
+        values: numbers that the graph gives; the others have their defaults.
+    """
+
+    kind: ClassVar[str]
+    numbers: ClassVar[Mapping[str, Number]] = {}
+    needs_range: ClassVar[str | None] = None
+    contextual: ClassVar[bool] = False
+
+    def __init__(self, rewards: RewardRange, random: Generator, values: Mapping[str, float]) -> None:
+        self.rewards = rewards
+        self.random = random
+        self.values: dict[str, float] = {name: float(values.get(name, n.default)) for name, n in self.numbers.items()}
+
+    def arm(self, name: str) -> Arm:
+        """Return a new arm that knows nothing."""
+        return Arm(name)
+
+    def size_of(self, arm: Arm) -> int | None:
+        """Return how many features an arm has learned from, the constant included; None where none."""
+        return None
+
+    @abstractmethod
+    def choose(self, arms: Sequence[Arm], features: Array | None) -> Arm:
+        """Return the arm for a request.
+
+        Args:
+            arms: the arms that may be chosen, at least one.
+            features: the request's features, for a contextual policy.
+        """
+
+
+NEVER: Final = -inf
+
+
+def highest(arms: Sequence[Arm], values: Sequence[float]) -> Arm:
+    """Return the arm with the highest value; of several that with the fewest decisions, so that none waits for another."""
+    best, highest_value = arms[0], values[0]
+    for arm, value in zip(arms, values, strict=True):
+        if value > highest_value or (value == highest_value and arm.decided < best.decided):
+            best, highest_value = arm, value
+    return best

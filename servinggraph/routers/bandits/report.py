@@ -1,0 +1,38 @@
+"""What a bandit tells of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from servinggraph.routers.bandits.arms import Arm
+from servinggraph.routers.bandits.window import Answers
+
+__all__ = ["report_of"]
+
+
+def report_of(arms: Mapping[str, Arm], answers: Answers, clipped: int) -> dict[str, Any]:
+    """Return decisions, rewards and what feedback there was, as plain values.
+
+    `regret` is what has been lost so far against the arm whose mean is the highest of those seen:
+    the sum over all rewards of how far their arm's mean is below it.
+    """
+    every = list(arms.values())
+    decided = sum(arm.decided for arm in every)
+    means = {arm.name: arm.mean for arm in every if arm.mean is not None}
+    best = max(means, key=means.__getitem__, default=None)
+    top = 0.0 if best is None else means[best]
+    return {
+        "decisions": {arm.name: int(arm.decided) for arm in every},
+        "shares": {arm.name: arm.decided / decided if decided else 0.0 for arm in every},
+        "rewards": {arm.name: {"count": int(arm.count), "mean": arm.mean, "deviation": arm.deviation} for arm in every},
+        "best": best,
+        "regret": sum(arm.count * (top - means[arm.name]) for arm in every if arm.name in means),
+        "feedback": {
+            "duplicates": answers.duplicates,
+            "unknown": answers.unknown,
+            "clipped": clipped,
+            "remembered": len(answers),
+            "remembered_bytes": answers.bytes,
+        },
+    }

@@ -1,0 +1,140 @@
+"""What a router remembers of the requests that it answered, until their feedback comes: bounded in number, age and bytes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from servinggraph.interfaces import Options
+from servinggraph.routers.bandits.arms import Arm
+from servinggraph.routers.selection import Decisions
+from servinggraph.tensors import Array
+
+__all__ = ["Answered", "Answers", "Window"]
+
+
+class Window(Options):
+    """How long feedback for a request is waited for."""
+
+    size: int = Field(100_000, ge=1, description="Most requests that are remembered; the oldest is forgotten first.")
+    age_s: float = Field(3600, gt=0, description="Seconds after which a request is forgotten: its feedback is too late then.")
+    max_bytes: int = Field(
+        100_000_000,
+        ge=0,
+        description="Most bytes of answers that are kept to be compared with a `truth`; the oldest is forgotten first.",
+    )
+
+
+class Answered:
+    """A request that was answered.
+
+    Attributes:
+        arm: who answered.
+        features: what a contextual policy decided by.
+        answer: the answer, where a truth may come; None where it is not kept, or not any more.
+        size: bytes of the answer.
+        learned: True once its reward has come.
+    """
+
+    __slots__ = ("answer", "arm", "features", "learned", "size")
+
+    def __init__(self, arm: Arm, features: Array | None) -> None:
+        self.arm = arm
+        self.features = features
+        self.answer: Any = None
+        self.size = 0
+        self.learned = False
+
+
+class Answers:
+    """Requests by id.
+
+    Args:
+        window: bounds.
+        keep: True to keep answers, too.
+
+    Attributes:
+        duplicates: feedback for a request that had its feedback already.
+        unknown: feedback for a request that was never answered here, or is forgotten.
+    """
+
+    def __init__(self, window: Window, *, keep: bool) -> None:
+        self._noted: Decisions[Answered] = Decisions(window.size, window.age_s)
+        self._max_bytes = window.max_bytes if keep else 0
+        self._keep = keep
+        self._kept: deque[Answered] = deque()
+        self._bytes = 0
+        self.duplicates = 0
+        self.unknown = 0
+
+    def __len__(self) -> int:
+        return len(self._noted)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the answers that are kept."""
+        return self._bytes
+
+    def note(self, id: str, arm: Arm, features: Array | None, answer: Any, now: float) -> None:
+        """Remember a request that has an id; of several with the same id the last."""
+        if not id:
+            return
+        entry = Answered(arm, features)
+        if self._keep:
+            self._hold(entry, answer)
+        self._noted.note(id, entry, now)
+
+    def find(self, id: str, now: float) -> Answered | None:
+        """Return what is remembered of a request; None where nothing is."""
+        return self._noted.find(id, now)
+
+    def learned(self, entry: Answered) -> None:
+        """Note that a request has its reward, and let go of its answer."""
+        entry.learned = True
+        entry.features = None
+        self._release(entry)
+
+    def _hold(self, entry: Answered, answer: Any) -> None:
+        entry.answer = _own(answer)
+        entry.size = _size_of(entry.answer)
+        self._bytes += entry.size
+        self._kept.append(entry)
+        # Also those that have let go of theirs: so this is never longer than what is remembered, and a little.
+        while self._kept and (self._bytes > self._max_bytes or self._kept[0].answer is None or len(self._kept) > self._most):
+            self._release(self._kept.popleft())
+
+    @property
+    def _most(self) -> int:
+        return 2 * len(self._noted) + 16
+
+    def _release(self, entry: Answered) -> None:
+        self._bytes -= entry.size
+        entry.answer, entry.size = None, 0
+
+
+def _own(answer: Any) -> Any:
+    """Return an answer that holds no memory but its own: a tensor may be a few rows of a whole batch."""
+    if not isinstance(answer, Mapping):
+        return answer
+    return {
+        name: array.copy() if isinstance(array, np.ndarray) and array.base is not None else array
+        for name, array in answer.items()
+    }
+
+
+def _size_of(answer: Any) -> int:
+    """Return the bytes of an answer, about."""
+    if isinstance(answer, Mapping):
+        return 200 + sum(_size_of(value) for value in answer.values())
+    if isinstance(answer, np.ndarray):
+        held = sum(len(item) if isinstance(item, bytes | str) else 32 for item in answer.flat) if answer.dtype == object else 0
+        return 100 + answer.nbytes + held
+    if isinstance(answer, bytes | str):
+        return 60 + len(answer)
+    if isinstance(answer, list | tuple):
+        return 60 + sum(_size_of(value) for value in answer)
+    return 60
