@@ -13,7 +13,6 @@ import orjson
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from servinggraph.context import Context, ParameterValue
-from servinggraph.errors import InvalidRequest
 from servinggraph.interfaces import FrontEndOptions, Router
 from servinggraph.lifecycle import Serving
 from servinggraph.lifecycle.control import seat_of
@@ -21,7 +20,6 @@ from servinggraph.messages import InferenceResponse
 from servinggraph.plan import Plan
 from servinggraph.protocols.freeform import decode_body
 from servinggraph.protocols.freeform.body import media_of
-from servinggraph.protocols.freeform.client import encode_body
 from servinggraph.protocols.freeform.documents import decode_json
 from servinggraph.protocols.freeform.media import NDJSON
 from servinggraph.protocols.http.endpoints.generate import InferStream
@@ -32,6 +30,7 @@ from servinggraph.protocols.v2.client import decode_response, encode_request
 from servinggraph.protocols.v2.json_data import decode_data
 from servinggraph.tensors import Array, TensorSpec
 from servinggraph.testing.fakes import constant
+from servinggraph.testing.given import free_form, unnested
 
 __all__ = ["AsyncMock", "HttpReply", "MockServer", "SyncMock"]
 
@@ -287,7 +286,7 @@ class AsyncMock:
         Raises:
             ServingGraphError: what a client would get as an error; `__cause__` is the step's own.
         """
-        data, raw = _free_form(body, content_type, accept, headers, timeout_s)
+        data, raw = free_form(body, content_type, accept, headers, timeout_s)
         context = Context()
         self._admission.enter()
         try:
@@ -310,7 +309,7 @@ class AsyncMock:
         Raises:
             ServingGraphError: what a client would get as an error, after the items before it.
         """
-        data, raw = _free_form(body, content_type, "", headers, timeout_s)
+        data, raw = free_form(body, content_type, "", headers, timeout_s)
         context = Context()
         self._admission.enter()
         try:
@@ -362,7 +361,7 @@ class AsyncMock:
         spec = self._plan.inputs.get(name, TensorSpec())
         if isinstance(given, np.generic) or spec.datatype is None:
             return np.asarray(given)
-        shape, flat = _unnested(name, given)
+        shape, flat = unnested(name, given)
         if spec.datatype != "BYTES":
             return decode_data(name, spec.datatype, shape, flat)
         # Text as JSON has it, and raw bytes, which it has not.
@@ -372,38 +371,6 @@ class AsyncMock:
             if isinstance(item, bytes):
                 elements[index] = item
         return array
-
-
-def _free_form(
-    body: Any, content_type: str | None, accept: str, headers: Mapping[str, str] | None, timeout_s: float | None
-) -> tuple[bytes, list[tuple[bytes, bytes]]]:
-    """Return a free-form request's body and headers."""
-    data, media = encode_body(body, content_type)
-    sent = dict(headers or {})
-    if media:
-        sent["content-type"] = media
-    if accept:
-        sent["accept"] = accept
-    if timeout_s is not None:
-        sent["x-request-timeout-ms"] = repr(timeout_s * 1e3)
-    return data, [(name.lower().encode("latin-1"), text.encode("latin-1")) for name, text in sent.items()]
-
-
-def _unnested(name: str, given: Any) -> tuple[tuple[int, ...], list[Any]]:
-    """Return the shape and the elements of nested sequences.
-
-    Raises:
-        InvalidRequest: they are ragged.
-    """
-    if isinstance(given, np.ndarray | np.generic):
-        given = given.tolist()
-    if not isinstance(given, list | tuple):
-        return (), [given]
-    parts = [_unnested(name, item) for item in given]
-    shapes = {shape for shape, _ in parts}
-    if len(shapes) > 1:
-        raise InvalidRequest(f"input '{name}' is ragged: its parts have shapes {sorted(map(list, shapes))}")
-    return (len(given), *next(iter(shapes), ())), [item for _, flat in parts for item in flat]
 
 
 class SyncMock:
