@@ -7,6 +7,7 @@ import click
 from servinggraph.cli.graph import check, plot, schema
 from servinggraph.cli.kafka import kafka
 from servinggraph.cli.project import init
+from servinggraph.cli.replay import replay  # noqa: F401  (a command of `kafka`)
 from servinggraph.cli.serve import serve
 from servinggraph.version import __version__
 

@@ -1,5 +1,6 @@
 """`servinggraph kafka send` and `read`: records with nothing else installed."""
 
+import asyncio
 import json
 
 import pytest
@@ -14,8 +15,6 @@ def kafka(*words, **options):
 
 @pytest.fixture
 def topic(kafka_process):
-    import asyncio
-
     return asyncio.run(kafka_process.topic("console", partitions=1))
 
 
@@ -62,6 +61,10 @@ answer: same
         (["send", "t", "@/no/such/file", "--brokers", "127.0.0.1:1"], "No such file"),
         (["send", "t", "1", "--brokers", "127.0.0.1:1"], "127.0.0.1:1"),
         (["read", "t", "--brokers", "127.0.0.1:1"], "127.0.0.1:1"),
+        (["replay", "t"], "which brokers?"),
+        (["replay", "--brokers", "127.0.0.1:1"], "which topic?"),
+        (["replay", "t", "--brokers", "127.0.0.1:1"], "127.0.0.1:1"),
+        (["replay", "t", "--since", "yesterday"], "expected a date and time"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(words, text):
@@ -77,3 +80,30 @@ def test_a_topic_that_is_not_there_is_said(kafka_process):
 
     assert 1 == done.exit_code
     assert "topic 'no-such-topic' does not exist" in done.output
+
+
+def test_dead_letters_are_sent_back_by_the_graph_file(topic, kafka_process, tmp_path):
+    dead = f"{topic}-dead"
+    asyncio.run(kafka_process.create_topics({dead: 1}))
+    (tmp_path / "graph.yaml").write_text(
+        f"""
+graph: g
+inputs: body
+kafka: {{brokers: "{kafka_process.address}", input: {{topics: [{topic}], group: g}}, output: {{topic: b}}, errors: {{topic: {dead}}}}}
+nodes: {{same: {{step: python, call: "copy:copy"}}}}
+answer: same
+"""
+    )
+    graph = ["--graph", str(tmp_path / "graph.yaml")]
+    headers = [f"--header=x-dead-topic={topic}", "--header=x-dead-error=internal", "--header=x-dead-node=same"]
+    assert 0 == kafka("send", dead, "1", "2", *headers, *graph).exit_code
+
+    dry = kafka("replay", "--dry-run", "--since", "1h", "--until", "2999-01-01", *graph)
+    first = kafka("replay", "--error", "internal", *graph)
+    second = kafka("replay", *graph)
+
+    assert f"{dead}: 2 dead letters\n        2  would go to {topic}: internal at same\n" == dry.output
+    assert f"{dead}: 2 dead letters\n        2  sent to {topic}: internal at same\n" == first.output
+    assert f"{dead}: 0 dead letters\n" == second.output
+    read = kafka("read", topic, "--from-start", "--count", "2", *graph)
+    assert [1, 2] == [json.loads(line)["value"] for line in read.output.splitlines()]
