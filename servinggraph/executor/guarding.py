@@ -92,7 +92,7 @@ class _Places:
         except asyncio.CancelledError:
             if place.done() and not place.cancelled():
                 self._leave()  # it was given the place in the same moment
-            else:
+            elif place in self._waiting:  # not when another call ended meanwhile and passed it over
                 self._waiting.remove(place)
             raise
 

@@ -229,6 +229,27 @@ def test_at_most_so_many_calls_run_and_wait(run, manual_clock):
     serve(run, manual_clock, a_graph(work, max_concurrency={"limit": 2, "max_queue": 3}), check)
 
 
+def test_callers_who_leave_in_the_moment_in_which_a_place_is_free_are_passed_over(run, manual_clock):
+    ended = asyncio.Event()
+
+    async def work(value):
+        await ended.wait()
+        return {"y": value["x"]}
+
+    async def check(server):
+        runs, *leaving, last = [asyncio.ensure_future(server.infer(x=X)) for _ in range(4)]
+        await manual_clock.settle()
+        ended.set()
+        await asyncio.sleep(0)
+        for request in leaving:
+            request.cancel()
+        await asyncio.wait([runs, *leaving, last])
+        assert [True, True] == [request.cancelled() for request in leaving]
+        assert [1.0] == await outcome(runs) == await outcome(last)
+
+    serve(run, manual_clock, a_graph(work, max_concurrency={"limit": 1, "max_queue": 3}), check)
+
+
 def test_a_place_is_free_again_only_when_the_thread_has_ended(run, manual_clock):
     begun, release = threading.Semaphore(0), threading.Event()
 

@@ -7,13 +7,13 @@ that mixes callers up is found out. All arithmetic is on small whole numbers, an
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
+from running import Caller, Release
 
 from servinggraph import Graph, routers
 from servinggraph.interfaces import NodeSketch, RowErrors
@@ -50,18 +50,6 @@ class Node:
 
 
 @dataclass
-class Caller:
-    """Who calls when, with what, and when it loses patience (milliseconds after its start)."""
-
-    number: int
-    rows: list[int]
-    starts_at: int
-    deadline_ms: int | None
-    cancel_ms: int | None
-    priority: int
-
-
-@dataclass
 class Case:
     """A graph, its callers, and all that goes wrong."""
 
@@ -69,10 +57,18 @@ class Case:
     callers: list[Caller]
     batch: Mapping[str, Any] | None
     timeout_ms: float | None
+    works_behind = False
 
     @property
     def works(self) -> list[Work]:
         return [work for node in self.nodes for work in node.works]
+
+    @property
+    def hangs(self) -> bool:
+        return self.has("hang")
+
+    def graph(self, release: Release) -> Graph:
+        return graph_of(self, release)
 
     def has(self, *faults: str) -> bool:
         return any(fault in faults for work in self.works for fault in work.faults.values())
@@ -165,13 +161,6 @@ def _work(draw: st.DrawFn, name: str, callers: int) -> Work:
         faults = [*FAILING[:4], "slow", "slow", "hang"] if work.batch is None else [*FAILING, "slow", "slow", "hang"]
         work.faults[draw(st.integers(0, callers - 1))] = draw(st.sampled_from(faults))
     return work
-
-
-@dataclass
-class Release:
-    """Lets threads go that hang; set when the callers are done."""
-
-    event: threading.Event = field(default_factory=threading.Event)
 
 
 def graph_of(case: Case, release: Release) -> Graph:
