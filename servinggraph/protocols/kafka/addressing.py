@@ -1,0 +1,128 @@
+"""Where what came of a record is written: the output topic, the caller's reply topic, or the dead letters. Without I/O."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import orjson
+
+from servinggraph.errors import InvalidRequest, RequestTooLarge, ServingGraphError
+from servinggraph.kafka import KafkaOptions, headers as names
+from servinggraph.protocols.kafka.codec import Answer
+from servinggraph.protocols.kafka.deadletters import dead_letter
+from servinggraph.protocols.kafka.exchange import Exchange
+from servinggraph.protocols.kafka.records import Outgoing, Work
+
+__all__ = ["Addressing"]
+
+_JSON: Final = (names.CONTENT_TYPE, b"application/json")
+_OK: Final = (names.STATUS, names.OK.encode())
+_FRAMING: Final = 100
+"""Bytes that the broker needs around a record."""
+
+
+class Addressing:
+    """Every record ends in exactly one record written: an answer, an error to whoever asked, or a dead letter.
+
+    Args:
+        options: the `kafka:` block.
+        graph: the graph's name.
+        exchange: knows versions.
+    """
+
+    def __init__(self, options: KafkaOptions, graph: str, exchange: Exchange) -> None:
+        self._output = options.output
+        self._dead = options.errors.topic
+        self._limit = options.max_message_bytes
+        self._graph = graph
+        self._exchange = exchange
+
+    def reply_to(self, work: Work) -> str | None:
+        """Return the topic that a record's answer goes to; None when it has none.
+
+        Raises:
+            InvalidRequest: the record names a topic that is not allowed, or there is none for it.
+        """
+        wanted = work.headers.get(names.REPLY_TOPIC)
+        if wanted is None:
+            return self._output.topic
+        topic = wanted.decode("utf-8", "replace")
+        if not self._output.may_reply_to(topic):
+            raise InvalidRequest(f"header '{names.REPLY_TOPIC}' names topic '{topic[:250]}', which 'reply_topics' does not allow")
+        return topic
+
+    def check(self, work: Work) -> None:
+        """Find out before a record is run whether its answer has somewhere to go.
+
+        Raises:
+            InvalidRequest: it has not.
+        """
+        if self.reply_to(work) is None:
+            raise InvalidRequest(f"the record has no header '{names.REPLY_TOPIC}', and there is no output topic")
+
+    def answer(self, work: Work, answer: Answer) -> Outgoing:
+        """Return the record to write for an answer.
+
+        Raises:
+            RequestTooLarge: it is larger than what may be written.
+        """
+        topic = self.reply_to(work)
+        assert topic is not None  # `check` was called
+        headers = [*answer.headers, _OK, *self._copied(work)]
+        outgoing = Outgoing(topic, self._key(work), answer.value, headers, self._partition(work))
+        size = size_of(outgoing)
+        if size > self._limit:
+            raise RequestTooLarge(f"the answer takes {size} bytes, and at most {self._limit} are written (limit 'max_message_bytes')")
+        return outgoing
+
+    def failure(self, work: Work, error: ServingGraphError, *, left_out: bool = False) -> Outgoing:
+        """Return the record to write for a record that is given up.
+
+        Whoever named a reply topic is told; all else is a dead letter, or where there is no topic
+        for these an error where the answer would have gone.
+        """
+        try:
+            topic = self.reply_to(work)
+        except InvalidRequest:
+            topic = self._output.topic
+            asked = False
+        else:
+            asked = names.REPLY_TOPIC in work.headers
+        if self._dead is not None and not asked:
+            return dead_letter(
+                work, error, self._dead, self._graph, self._exchange.version_of(work),
+                left_out=left_out or len(work.record.value or b"") > self._limit,
+            )  # fmt: skip
+        assert topic is not None  # options with neither are refused
+        text = str(error).encode("utf-8", "replace").decode()
+        headers: list[tuple[str, bytes | None]] = [
+            _JSON,
+            (names.STATUS, error.code.value.encode()),
+            (names.ATTEMPTS, str(max(work.attempts, 1)).encode()),
+        ]
+        if error.node is not None:
+            headers.append((names.ERROR_NODE, error.node.encode("utf-8", "replace")))
+        headers += self._copied(work)
+        body = orjson.dumps({"error": text[: self._limit // 8]})
+        return Outgoing(topic, self._key(work), body, headers, self._partition(work), error.code.value)
+
+    def _copied(self, work: Work) -> list[tuple[str, bytes | None]]:
+        """Return the headers of a request that its answer has as well: trace context, correlation, the caller's own."""
+        return [header for header in work.record.headers if header[0] not in names.OWN]
+
+    def _key(self, work: Work) -> bytes | None:
+        if self._output.key == "same":
+            return work.record.key
+        return work.headers.get(names.REQUEST_ID) if self._output.key == "id" else None
+
+    def _partition(self, work: Work) -> int | None:
+        text = work.headers.get(names.REPLY_PARTITION)
+        if text is None or names.REPLY_TOPIC not in work.headers:
+            return None
+        return int(text) if text.isdigit() and len(text) < 10 else None
+
+
+def size_of(outgoing: Outgoing) -> int:
+    """Return about how many bytes a record takes."""
+    size = _FRAMING + len(outgoing.key or b"") + len(outgoing.value or b"")
+    return size + sum(len(name) + len(content or b"") + 4 for name, content in outgoing.headers)

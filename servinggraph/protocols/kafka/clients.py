@@ -1,0 +1,115 @@
+"""Makes and ends aiokafka's clients: the only module that constructs them.
+
+What aiokafka 0.14 offers and what not: eager rebalancing alone (no cooperative protocol), so every
+rebalance takes all partitions from all members for a moment; `send_offsets_to_transaction` without the
+group's generation (no KIP-447), so a zombie is fenced by a transactional id for each input partition.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+
+from servinggraph.kafka import KafkaOptions
+
+__all__ = ["Clients"]
+
+_BATCH_BYTES: Final = 256 * 1024
+_OVERHEAD: Final = 64 * 1024
+"""Dead letters have headers beside what was as large as allowed already."""
+_REQUEST_MS: Final = 15_000
+_FETCH_BYTES: Final = 2**20
+
+
+class Clients:
+    """Makes the clients of one `kafka:` block.
+
+    Args:
+        options: the block.
+        brokers: addresses instead of the block's; empty for the block's.
+        graph: the graph's name, which the brokers' logs then show.
+    """
+
+    def __init__(self, options: KafkaOptions, graph: str, brokers: str = "") -> None:
+        self._options = options
+        self._name = f"servinggraph-{graph}"
+        if brokers:
+            options = options.model_copy(update={"brokers": brokers})
+        self.brokers = options.brokers
+        self._common: dict[str, Any] = {
+            **options.client_settings(), "client_id": self._name, "request_timeout_ms": _REQUEST_MS, "retry_backoff_ms": 100,
+        }  # fmt: skip
+
+    def consumer(self) -> AIOKafkaConsumer:
+        """Return a consumer that is not started, and subscribed to nothing."""
+        given = self._options.input
+        settings: dict[str, Any] = {
+            **self._common,
+            "group_id": given.group,
+            "group_instance_id": given.member,
+            "auto_offset_reset": given.start,
+            "enable_auto_commit": False,
+            "isolation_level": "read_committed",
+            "session_timeout_ms": given.session_timeout_ms,
+            "heartbeat_interval_ms": max(100, given.session_timeout_ms // 4),
+            # The broker waits for this long for members to come back; they need `revoke_ms` before they can.
+            "rebalance_timeout_ms": given.revoke_ms + max(given.session_timeout_ms, 10_000),
+            "max_partition_fetch_bytes": min(_FETCH_BYTES, self._options.max_waiting_bytes),
+            "fetch_max_bytes": self._options.max_waiting_bytes,
+            "fetch_max_wait_ms": 250,
+            **given.settings,
+        }
+        return AIOKafkaConsumer(**settings)
+
+    def producer(self, transactional_id: str | None = None) -> AIOKafkaProducer:
+        """Return a producer that is not started: idempotent, and waiting for all replicas.
+
+        Args:
+            transactional_id: for one that writes in transactions.
+        """
+        given = self._options.output
+        settings: dict[str, Any] = {
+            **self._common,
+            "enable_idempotence": True,
+            "acks": "all",
+            "compression_type": None if given.compression == "none" else given.compression,
+            "linger_ms": given.linger_ms,
+            "max_batch_size": _BATCH_BYTES,
+            "max_request_size": self._options.max_message_bytes + _OVERHEAD,
+            **given.settings,
+        }
+        if transactional_id is not None:
+            settings |= {
+                "transactional_id": transactional_id,
+                "transaction_timeout_ms": self._options.transaction.timeout_ms,
+            }
+        return AIOKafkaProducer(**settings)
+
+
+async def closed(client: AIOKafkaConsumer | AIOKafkaProducer, timeout_s: float) -> bool:
+    """Stop a client; False when that takes longer than it may, because the broker does not answer.
+
+    A producer that cannot write what it holds would try for ever: it is then cut off.
+    """
+    stopping = asyncio.ensure_future(client.stop())
+    done, _ = await asyncio.wait({stopping}, timeout=timeout_s)
+    if not done:
+        sender = getattr(client, "_sender", None)
+        if sender is not None and sender.sender_task is not None:
+            sender.sender_task.cancel()
+        await asyncio.wait({stopping}, timeout=1)
+    if not stopping.done():
+        stopping.cancel()
+        await asyncio.wait({stopping}, timeout=1)
+        await asyncio.wait({asyncio.ensure_future(client_of(client).close())}, timeout=1)
+        return False
+    if not stopping.cancelled():
+        stopping.exception()  # whatever it is: the client is gone
+    return bool(done)
+
+
+def client_of(client: AIOKafkaConsumer | AIOKafkaProducer) -> Any:
+    """Return the connections of a client."""
+    return client._client if isinstance(client, AIOKafkaConsumer) else client.client  # noqa: SLF001

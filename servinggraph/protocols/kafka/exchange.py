@@ -1,0 +1,194 @@
+"""One record through a graph: slot, format, deadline, answer, and the words for what went wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any, Final
+
+from servinggraph.context import Context, Headers
+from servinggraph.errors import DeadlineExceeded, InvalidRequest, RequestTooLarge, ServingGraphError, StepFailed
+from servinggraph.kafka import KafkaOptions, headers as names
+from servinggraph.lifecycle import ServedGraph, Serving, infer
+from servinggraph.protocols.kafka.codec import Answer, Decoded, decode
+from servinggraph.protocols.kafka.records import Work
+from servinggraph.protocols.v2 import RequestLimits
+from servinggraph.protocols.v2.compression import decompress
+from servinggraph.protocols.v2.parameters import priority_of, timeout_of
+
+__all__ = ["Exchange"]
+
+_CODING: Final = "content-encoding"
+_NUMBER: Final = re.compile(rb"[0-9]{1,15}(\.[0-9]{0,9})?")
+_LARGE_BYTES: Final = 64 * 1024
+"""Documents above this are decoded in a thread: a table of this size takes about 10 ms."""
+
+
+class RecordHeaders(Headers):
+    """A record's headers, decoded only when a step looks."""
+
+    __slots__ = ()
+
+    @cached_property
+    def _decoded(self) -> dict[str, str]:
+        raw: Any = self._raw
+        return {name.lower(): (value or b"").decode("latin-1") for name, value in raw}
+
+
+class Exchange:
+    """Answers records for one graph.
+
+    Args:
+        serving: the graphs, the slots, the limits.
+        graph: name of the graph whose `kafka:` block this is; a record may ask for another by header.
+        options: that block.
+        wall: the time, seconds since 1970, to hold deadlines against.
+    """
+
+    def __init__(self, serving: Serving, graph: str, options: KafkaOptions, wall: Callable[[], float] = time.time) -> None:
+        self._serving = serving
+        self._catalog = serving.catalog
+        self._admission = serving.admission
+        self._graph = graph
+        self._format = options.format
+        self._limits = RequestLimits(serving.options.max_tensors)
+        self._max_bytes = serving.options.max_body_bytes
+        self._wall = wall
+
+    async def answer(self, work: Work) -> Answer:
+        """Answer one record.
+
+        Raises:
+            ServingGraphError: whatever is wrong with the request, or went wrong with it.
+            asyncio.CancelledError: the task was cancelled.
+        """
+        context = Context()
+        self._admission.enter()
+        try:
+            return await self._answer(work, context)
+        except ServingGraphError as error:
+            if isinstance(error, StepFailed):
+                self._serving.failures.report(context.graph, context.id, error)
+            raise
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            failure = StepFailed("was cancelled from inside")  # a step raised it: nobody cancelled this task
+            self._serving.failures.report(context.graph, context.id, failure)
+            raise failure from error
+        except Exception as error:  # a defect of ours: the record ends somewhere all the same
+            failure = StepFailed(f"{type(error).__name__}: {error}")
+            failure.__cause__ = error
+            self._serving.failures.report(context.graph, context.id, failure)
+            raise failure from error
+        finally:
+            context.when_idle(self._admission.leave)
+            if context.trace is not None:
+                context.trace.finish(context.id, "KAFKA_WRITE_START")
+
+    async def _answer(self, work: Work, context: Context) -> Answer:
+        headers = work.headers
+        context.id = headers.get(names.REQUEST_ID, b"").decode("latin-1") or str(work.place)
+        context.graph = self._graph
+        until = self.deadline_of(headers)
+        if until is not None and until <= self._wall():
+            raise DeadlineExceeded(f"Request timeout expired: its deadline ('{names.DEADLINE}') passed before it could run")
+        graph = self._find(headers)
+        context.graph = graph.plan.name
+        if graph.tracer is not None:
+            graph.tracer.pick(graph, context, "KAFKA_READ")
+        decoded = await self._decode(work, graph)
+        request = decoded.request
+        given = headers.get(names.REQUEST_ID, b"").decode("latin-1")
+        if given and not request.id:
+            request.id = given
+        elif request.id:
+            context.id = request.id
+        context.headers = RecordHeaders(work.record.headers)  # type: ignore[arg-type]  # decoded when looked at
+        now = graph.executor.now()
+        if request.parameters:
+            context.parameters = request.parameters
+            context.priority = priority_of(request.parameters)
+            timeout = timeout_of(request.parameters)
+            if timeout is not None:
+                context.deadline = now + timeout
+        if until is not None:
+            end = now + until - self._wall()
+            context.deadline = end if context.deadline is None else min(end, context.deadline)
+        response = await infer(graph, request, context)
+        try:
+            return decoded.encode(response)
+        except Exception as error:  # an answer that cannot be encoded
+            graph.executor.statistics.answer_failed()
+            if isinstance(error, StepFailed):
+                error.at(graph.plan.answer)
+            if isinstance(error, ServingGraphError):
+                raise
+            raise StepFailed(f"{type(error).__name__}: {error}").at(graph.plan.answer) from error
+
+    def _find(self, headers: Mapping[str, bytes]) -> ServedGraph:
+        name = headers.get(names.GRAPH, b"").decode("utf-8", "replace") or self._graph
+        version = headers.get(names.VERSION, b"").decode("utf-8", "replace")
+        return self._catalog.get(name, version)
+
+    async def _decode(self, work: Work, graph: ServedGraph) -> Decoded:
+        """Return the request in a record.
+
+        Raises:
+            ServingGraphError: whatever is wrong with it.
+        """
+        value = work.record.value
+        if value is None:
+            raise InvalidRequest("the record has no value (a tombstone), and a request is in the value")
+        if len(value) > self._max_bytes:
+            raise RequestTooLarge(
+                f"request size exceeds the maximum allowed: {self._max_bytes} bytes (limit 'max_body_bytes')"
+            )
+        headers, plan = work.headers, graph.plan
+        coding = headers.get(_CODING, b"").decode("latin-1")
+        if not coding and len(value) <= _LARGE_BYTES:
+            return decode(value, headers, self._format, plan, self._limits)
+
+        def work_of_a_thread() -> Decoded:
+            plain = decompress(value, coding, self._max_bytes) if coding else value
+            return decode(plain, headers, self._format, plan, self._limits)
+
+        graph.requests += 1  # it stays while this runs in a thread
+        try:
+            return await asyncio.to_thread(work_of_a_thread)
+        finally:
+            graph.leave()
+
+    def version_of(self, work: Work) -> str:
+        """Return the version of the graph that a record is for; empty when there is none."""
+        try:
+            return self._find(work.headers).plan.version
+        except ServingGraphError:
+            return ""
+
+    def deadline_of(self, headers: Mapping[str, bytes]) -> float | None:
+        """Return when a record's answer becomes worthless, seconds since 1970; None without a limit.
+
+        Raises:
+            InvalidRequest: the header is no number of milliseconds.
+        """
+        text = headers.get(names.DEADLINE)
+        if text is None:
+            return None
+        if not _NUMBER.fullmatch(text):
+            raise InvalidRequest(
+                f"header '{names.DEADLINE}' is a number of milliseconds since 1970, got {text[:40].decode('latin-1')!r}"
+            )
+        return float(text) / 1e3
+
+    def expired(self, work: Work) -> bool:
+        """Tell whether a record's own deadline has passed, so that no further attempt can help."""
+        try:
+            until = self.deadline_of(work.headers)
+        except InvalidRequest:
+            return False
+        return until is not None and until <= self._wall()

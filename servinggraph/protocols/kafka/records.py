@@ -1,0 +1,111 @@
+"""A record on its way through: what was read, and what is written because of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from servinggraph.errors import ServingGraphError
+from servinggraph.kafka.headers import headers_of
+from servinggraph.protocols.kafka.lanes import Lanes
+from servinggraph.protocols.kafka.offsets import Offsets
+
+__all__ = ["Outgoing", "Partition", "Place", "Record", "Work"]
+
+
+class Place(NamedTuple):
+    """Where a record is."""
+
+    topic: str
+    partition: int
+    offset: int
+
+    def __str__(self) -> str:
+        return f"{self.topic}/{self.partition}/{self.offset}"
+
+
+class Record(Protocol):
+    """A record as aiokafka gives it."""
+
+    @property
+    def topic(self) -> str: ...
+    @property
+    def partition(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def timestamp(self) -> int: ...
+    @property
+    def key(self) -> bytes | None: ...
+    @property
+    def value(self) -> bytes | None: ...
+    @property
+    def headers(self) -> Sequence[tuple[str, bytes | None]]: ...
+
+
+class Outgoing(NamedTuple):
+    """A record to be written."""
+
+    topic: str
+    key: bytes | None
+    value: bytes | None
+    headers: list[tuple[str, bytes | None]]
+    partition: int | None = None
+    """None for the key's."""
+    error: str = ""
+    """Error code; empty for an answer."""
+    dead: bool = False
+    """True for a dead letter."""
+
+
+class Partition:
+    """An input partition that this member owns.
+
+    Attributes:
+        place: what aiokafka calls it, a `TopicPartition`.
+        offsets: what of it is done.
+        lanes: what of it waits for another record.
+        owned: False from when it goes to another member: what still runs is not written any more.
+        results: with `exactly_once`, what came of records that ended before others before them.
+    """
+
+    __slots__ = ("lanes", "offsets", "owned", "place", "results")
+
+    def __init__(self, place: Any) -> None:
+        self.place = place
+        self.offsets = Offsets()
+        self.lanes: Lanes[Work] = Lanes()
+        self.owned = True
+        self.results: dict[int, tuple[Work, Outgoing]] = {}
+
+
+class Work:
+    """A record that was read, until what came of it is written.
+
+    Attributes:
+        partition: where it came from.
+        record: the record.
+        headers: its headers, the last of several equal ones.
+        lane: lane that it keeps to; None for none.
+        size: its bytes, as they count in the budget.
+        attempts: how often it was tried, the attempt under way included.
+        cancel: undoes what is waited for: an attempt under way, or the pause before one; None when nothing is.
+        verdict: what is known to be wrong before it is tried; None for most.
+    """
+
+    __slots__ = ("attempts", "cancel", "headers", "lane", "partition", "record", "size", "verdict")
+
+    def __init__(self, partition: Partition, record: Record, lane: Hashable) -> None:
+        self.partition = partition
+        self.record = record
+        self.headers: Mapping[str, bytes] = headers_of(record.headers)
+        self.lane = lane
+        self.size = len(record.value or b"") + len(record.key or b"") + 200
+        self.attempts = 0
+        self.cancel: Callable[[], Any] | None = None
+        self.verdict: ServingGraphError | None = None
+
+    @property
+    def place(self) -> Place:
+        """Where the record is."""
+        return Place(self.record.topic, self.record.partition, self.record.offset)

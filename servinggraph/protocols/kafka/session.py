@@ -1,0 +1,242 @@
+"""One life with the brokers: from a connection, through any number of rebalances, to its end by a stop or a failure."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+
+from servinggraph.errors import ServingGraphError
+from servinggraph.protocols.kafka.budget import Budget
+from servinggraph.protocols.kafka.clients import closed
+from servinggraph.protocols.kafka.delivery import AtLeastOnce, AtMostOnce, Delivery
+from servinggraph.protocols.kafka.records import Partition, Place, Record, Work
+from servinggraph.protocols.kafka.runner import Runner
+
+if TYPE_CHECKING:
+    from servinggraph.protocols.kafka.stream import Stream
+
+__all__ = ["Fenced", "Session"]
+
+logger = logging.getLogger("servinggraph.kafka")
+
+_POLL_MS: Final = 500
+_CHUNK: Final = 500
+"""Most records that are taken at once: others of the event loop's work goes between."""
+_CLOSE_S: Final = 5.0
+_AHEAD: Final = 65_536
+"""Most records of a partition that may be done behind one that is not, before its reading pauses."""
+
+
+class Fenced(Exception):
+    """This member was not heard of for so long that its partitions may belong to another by now."""
+
+
+class Session(ConsumerRebalanceListener):
+    """Reads, runs, writes and commits.
+
+    Args:
+        stream: what it is a session of.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._options = stream.options
+        self._counts = stream.counts
+        self._loop = asyncio.get_running_loop()
+        self.budget = Budget(self._options.max_waiting, self._options.max_waiting_bytes)
+        self.consumer: AIOKafkaConsumer = stream.clients.consumer()
+        self.delivery = self._make_delivery()
+        self.runner = Runner(
+            stream.exchange, stream.addressing, self._options, self._counts, self._deliver, self._fail
+        )
+        self.partitions: dict[TopicPartition, Partition] = {}
+        self._failed: asyncio.Future[None] = self._loop.create_future()
+        self._room = asyncio.Event()
+        self._settled = asyncio.Event()
+        self._alive_at = self._loop.time()
+        self.joined = False
+
+    def _make_delivery(self) -> Delivery:
+        kinds: Mapping[str, Any] = {"at_least_once": AtLeastOnce, "at_most_once": AtMostOnce}
+        kind = kinds[self._options.delivery]
+        made: Delivery = kind(
+            self._stream.clients, self.consumer, self._options, self.budget, self._counts, self._room.set, self._fail
+        )
+        return made
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until told to stop.
+
+        Raises:
+            Exception: what ended the session; all that was not committed is read again.
+        """
+        polling: asyncio.Task[None] | None = None
+        told = asyncio.ensure_future(stop.wait())
+        try:
+            await self._open()
+            polling = self._loop.create_task(self._poll(), name="kafka-poll")
+            await asyncio.wait({polling, told, self._failed}, return_when=asyncio.FIRST_COMPLETED)
+            if self._failed.done():
+                self._failed.result()
+            if polling.done():
+                polling.result()
+            await self._end(polling)
+        finally:
+            told.cancel()
+            self.joined = False
+            if polling is not None:
+                polling.cancel()
+                await asyncio.wait({polling})
+                if not polling.cancelled():
+                    polling.exception()
+            await self._close()
+
+    async def _open(self) -> None:
+        await self.consumer.start()
+        await self.delivery.start()
+        await self._stream.check_topics(self.consumer)
+        self.consumer.subscribe(self._options.input.topics, listener=self)
+
+    async def _end(self, polling: asyncio.Task[None]) -> None:
+        """Finish in order: read no more, let what runs end, write, commit, leave the group."""
+        polling.cancel()
+        await asyncio.wait({polling})
+        await self._give_up(self._stream.stop_by - self._loop.time())
+
+    async def _close(self) -> None:
+        for partition in self.partitions.values():
+            partition.owned = False
+        await self.runner.abandon()
+        await self.delivery.stop()
+        await closed(self.consumer, _CLOSE_S)
+        if not self._failed.done():
+            self._failed.cancel()
+        elif not self._failed.cancelled():
+            self._failed.exception()
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._failed.done():
+            self._failed.set_exception(error)
+
+    async def _poll(self) -> None:
+        """Read while there is room; with none, keep the membership alive."""
+        consumer = self.consumer
+        while True:
+            self._still_alive()
+            if self.budget.full:
+                await self._wait_for_room()
+            read = await consumer.getmany(timeout_ms=_POLL_MS, max_records=max(1, min(_CHUNK, self.budget.room)))
+            for place, records in read.items():
+                partition = self.partitions.get(place)
+                if partition is None:  # a rebalance is under way: they are read again once it is known where from
+                    consumer.seek(place, records[0].offset)
+                    await self._settled.wait()
+                    continue
+                await self.delivery.taken(partition, records[-1].offset)
+                for record in records:
+                    self._take(partition, record)
+                if len(partition.offsets) > _AHEAD:
+                    consumer.pause(place)
+            self.runner.go()
+            self._resume_partitions()
+
+    def _take(self, partition: Partition, record: Record) -> None:
+        partition.offsets.begin(record.offset)
+        work = self.runner.take(partition, record)
+        self.budget.take(work.size)
+        self._counts.consumed += 1
+        verdicts = self._stream.verdicts
+        if verdicts:
+            work.verdict = verdicts.pop(work.place, None)
+
+    async def _wait_for_room(self) -> None:
+        """Return once there is room to read on.
+
+        The group drops a member that does not poll. So when this takes long, partitions are paused
+        and polled in vain; not at once, because what aiokafka has fetched of a paused one is dropped.
+        """
+        began = self._loop.time()
+        self._counts.pauses += 1
+        while self.budget.full:
+            self._room.clear()
+            try:
+                await asyncio.wait_for(self._room.wait(), _POLL_MS / 1e3)
+            except TimeoutError:
+                self._still_alive()
+                self.consumer.pause(*self.consumer.assignment())
+                await self.consumer.getmany(timeout_ms=0)
+        self._counts.paused_s += self._loop.time() - began
+
+    def _resume_partitions(self) -> None:
+        paused = self.consumer.paused()
+        if paused and not self.budget.full:
+            self.consumer.resume(*(place for place in paused if self._near(place)))
+
+    def _near(self, place: TopicPartition) -> bool:
+        partition = self.partitions.get(place)
+        return partition is None or len(partition.offsets) <= _AHEAD // 2
+
+    def _still_alive(self) -> None:
+        """Note that the event loop runs.
+
+        Raises:
+            Fenced: it stood still for longer than the group waits for a member.
+        """
+        now = self._loop.time()
+        if now - self._alive_at > self._options.input.session_timeout_ms / 1e3:
+            raise Fenced(f"this process stood still for {now - self._alive_at:.1f} s: the group has given its partitions away")
+        self._alive_at = now
+
+    async def _deliver(self, work: Work, outgoing: Any) -> None:
+        # Looked at here as well: what runs first after a standstill may be this.
+        if self._loop.time() - self._alive_at > self._options.input.session_timeout_ms / 1e3:
+            raise Fenced("this process stood still: the group has given its partitions away")
+        await self.delivery.deliver(work, outgoing)
+
+    async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
+        """Finish or abandon what runs, commit, and let go; called by the consumer before a rebalance."""
+        self.joined = False
+        self._settled.clear()
+        if not self.partitions:
+            return
+        # A member that the group dropped already may not write; its generation is gone.
+        lost = self.consumer._coordinator.generation < 0  # noqa: SLF001  (no public way to ask)
+        await self._give_up(0 if lost else self._options.input.revoke_ms / 1e3)
+
+    async def _give_up(self, grace_s: float) -> None:
+        """Let go of all partitions within a time; with none, whatever runs is abandoned."""
+        until = self._loop.time() + max(0.0, grace_s)
+        partitions = list(self.partitions.values())
+        keep = self.delivery.runs_waiting and grace_s > 0
+        if not keep:
+            for partition in partitions:
+                partition.lanes.clear()
+        finished = grace_s > 0 and await self.runner.drain(until, waiting=keep)
+        for partition in partitions:
+            partition.owned = False
+        if not finished:
+            self._counts.abandoned += self.runner.running
+            await self.runner.abandon()
+        settled = grace_s > 0 and await self.delivery.settle(partitions, until + 1)
+        self.partitions.clear()
+        self.budget.__init__(self._options.max_waiting, self._options.max_waiting_bytes)  # type: ignore[misc]
+        if not settled and self.delivery.unwritten:
+            self._fail(Fenced("the broker did not take all answers before the partitions went to another member"))
+
+    async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
+        """Begin with partitions; called by the consumer after a rebalance."""
+        partitions = [Partition(place) for place in sorted(assigned)]
+        try:
+            await self.delivery.assigned(partitions)
+        except Exception as error:
+            self._fail(error)
+            return
+        self.partitions = {partition.place: partition for partition in partitions}
+        self._counts.rebalances += 1
+        self.joined = True
+        self._settled.set()
+        self._stream.changed()
