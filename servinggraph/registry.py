@@ -34,9 +34,10 @@ ROUTERS: Final[Mapping[str, str]] = {
 PROTOCOLS: Final[Mapping[str, str]] = {
     "grpc": "servinggraph.protocols.grpc.server:GrpcFrontEnd",
     "http": "servinggraph.protocols.http.server:HttpFrontEnd",
+    "kafka": "servinggraph.protocols.kafka.server:KafkaFrontEnd",
 }
 
-_EXTRAS: Final = {"onnx": "onnx", "grpc": "grpc"}
+_EXTRAS: Final = {"onnx": "onnx", "grpc": "grpc", "kafka": "kafka"}
 """Kinds whose packages do not come with the base installation, and the extra that brings them."""
 
 _TABLES: Final = {"steps": STEPS, "routers": ROUTERS, "protocols": PROTOCOLS}

@@ -43,6 +43,10 @@ class ServerOptions(FrontEndOptions):
         None,
         description="Port for gRPC; 0 takes a free one, off for none. By default 8081 where the extra `grpc` is installed.",
     )
+    kafka: Literal["auto", "off"] = Field(
+        "auto", description="Whether topics are read for graphs with a `kafka:` block; `http-port` and `grpc-port` may be off."
+    )
+    kafka_brokers: str = Field("", description="Addresses of Kafka brokers, instead of those in the graphs.")
     grace_s: float = Field(30, ge=0, description="On SIGTERM, seconds that requests in flight have to finish.")
     model_control: Literal["none", "poll", "explicit"] = Field(
         "none",
@@ -241,6 +245,21 @@ class Server:
             except OSError as error:
                 raise _cannot_listen(self.options.host, front_end.port, protocol, error) from None
             self.front_ends[protocol] = front_end
+        kafka = self._kafka()
+        if kafka is not None:
+            self.front_ends["kafka"] = kafka
+
+    def _kafka(self) -> Any:
+        """Return the Kafka front end; None where it is off, or no graph can ask for it."""
+        asked = any(plan.kafka is not None for plan in self.plans)
+        if self.options.kafka == "off" or not (asked or self.serving.repository.settings.folder is not None):
+            return None
+        try:
+            return load_kind("protocols", "kafka")(self.serving, self.options.kafka_brokers)
+        except ImportProblem as error:
+            if asked:
+                raise CannotServe(f"a graph has a 'kafka:' block: {error}") from None
+            return None
 
     def _front_end(self, protocol: str, port: int | str | None) -> Any:
         """Return a front end, None where it is off, or not installed and nobody asked for it."""

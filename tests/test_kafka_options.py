@@ -4,7 +4,7 @@ import pytest
 
 from servinggraph import Graph
 from servinggraph.errors import GraphInvalid
-from servinggraph.kafka import KafkaOptions, SecurityOptions
+from servinggraph.kafka import KafkaOptions, OutputOptions, SecurityOptions
 
 LEAST = {"brokers": "127.0.0.1:9092", "input": {"topics": ["in"], "group": "g"}, "output": {"topic": "out"}}
 
@@ -32,6 +32,7 @@ def test_the_least_that_a_block_needs_is_brokers_topics_and_a_group():
         ({"delivry": "x"}, "unknown key 'kafka.delivry'; did you mean 'delivery'?"),
         ({"delivery": "exactly"}, "'kafka.delivery': expected 'at_least_once', 'exactly_once' or 'at_most_once'"),
         ({"output": {}}, "answers have nowhere to go"),
+        ({"output": {"reply_topics": ["r"]}}, "errors have nowhere to go"),
         ({"output": {"topic": "in"}}, "output.topic 'in' is read, too"),
         ({"errors": {"topic": "in"}}, "errors.topic 'in' is read, too"),
         ({"output": {"topic": "out", "key": "none"}}, "'order: key' needs 'output: {key: same}'"),
@@ -58,6 +59,6 @@ def test_a_password_is_in_no_text():
 
 
 def test_reply_topics_are_patterns():
-    output = KafkaOptions.model_validate({**LEAST, "output": {"reply_topics": ["replies.*", "answers"]}}).output
+    output = OutputOptions(reply_topics=["replies.*", "answers"])
 
     assert [True, True, False] == [output.may_reply_to(topic) for topic in ("replies.a", "answers", "answers2")]

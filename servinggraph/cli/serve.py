@@ -88,7 +88,7 @@ def _announcement(path: Path, started: float, *, json_logs: bool) -> Callable[[S
     def announce(server: Server) -> None:
         seconds = time.perf_counter() - started
         if json_logs:
-            ports = {name: front_end.port for name, front_end in server.front_ends.items()}
+            ports = {name: getattr(front_end, "port", "topics") for name, front_end in server.front_ends.items()}
             graphs = [f"{plan.name}/{plan.version}" for plan in server.plans]
             logging.getLogger("servinggraph").info("serving %s on %s, ready in %.2f s", graphs, ports, seconds)
         else:
@@ -111,6 +111,9 @@ def _banner(server: Server, path: Path, seconds: float) -> str:
     everywhere = ("0.0.0.0", "::")  # noqa: S104  (compared with, not listened on)
     host = "127.0.0.1" if server.options.host in everywhere else server.options.host
     for name, front_end in server.front_ends.items():
+        if name == "kafka":
+            lines += [f"  Kafka at {line}" for line in front_end.describe()]
+            continue
         address = f"{server.options.host}:{front_end.port}"
         lines.append(f"  HTTP on http://{address}" if name == "http" else f"  {_SHOWN.get(name, name)} on {address}")
     if server.development_broker is not None:

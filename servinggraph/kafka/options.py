@@ -228,6 +228,8 @@ class KafkaOptions(ConnectionOptions):
     def _check(self) -> Self:
         if not (self.output.topic or self.output.reply_topics):
             raise ValueError("answers have nowhere to go: give 'output: {topic: ...}', or 'reply_topics' for request and reply")
+        if not (self.output.topic or self.errors.topic):
+            raise ValueError("errors have nowhere to go: give 'errors: {topic: ...}'")
         written = {"output.topic": self.output.topic, "errors.topic": self.errors.topic}
         for key, topic in written.items():
             if topic in self.input.topics:

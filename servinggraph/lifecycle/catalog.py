@@ -112,6 +112,7 @@ class Catalog:
         known: names that could be loaded; not found either, but in other words.
         policies: which versions of a graph are served: the latest so many, "all", or these.
         may_be_empty: True where graphs come and go: then a server without any is ready, too.
+        conditions: what has to hold besides for the server to be ready, said by front ends.
     """
 
     def __init__(self, control: Control | None = None) -> None:
@@ -122,6 +123,7 @@ class Catalog:
         self.known: frozenset[str] = frozenset()
         self.policies: dict[str, int | str | tuple[int, ...]] = {}
         self.may_be_empty = False
+        self.conditions: list[Callable[[], bool]] = []
 
     def made(self, plan: Plan) -> ServedGraph:
         """Return a graph that is not started yet."""
@@ -268,14 +270,19 @@ class Catalog:
 
     @property
     def ready(self) -> bool:
-        """True when every graph is ready, there is one (or `may_be_empty`), and the server is not stopping."""
+        """True when every graph is ready, there is one (or `may_be_empty`), all `conditions` hold, and the server goes on."""
         graphs = self.graphs()
-        return (bool(graphs) or self.may_be_empty) and not self.draining and all(graph.ready for graph in graphs)
+        loaded = (bool(graphs) or self.may_be_empty) and all(graph.ready for graph in graphs)
+        return loaded and not self.draining and all(holds() for holds in self.conditions)
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """Call `listener` now and after every change of what is served."""
         self._listeners.append(listener)
         listener()
+
+    def notice(self) -> None:
+        """Tell listeners that a condition has changed."""
+        self._changed()
 
     def _changed(self) -> None:
         for listener in self._listeners:

@@ -48,7 +48,9 @@ class Addressing:
             return self._output.topic
         topic = wanted.decode("utf-8", "replace")
         if not self._output.may_reply_to(topic):
-            raise InvalidRequest(f"header '{names.REPLY_TOPIC}' names topic '{topic[:250]}', which 'reply_topics' does not allow")
+            raise InvalidRequest(
+                f"header '{names.REPLY_TOPIC}' names topic '{topic[:250]}', which 'reply_topics' does not allow"
+            )
         return topic
 
     def check(self, work: Work) -> None:
@@ -72,7 +74,9 @@ class Addressing:
         outgoing = Outgoing(topic, self._key(work), answer.value, headers, self._partition(work))
         size = size_of(outgoing)
         if size > self._limit:
-            raise RequestTooLarge(f"the answer takes {size} bytes, and at most {self._limit} are written (limit 'max_message_bytes')")
+            raise RequestTooLarge(
+                f"the answer takes {size} bytes, and at most {self._limit} are written (limit 'max_message_bytes')"
+            )
         return outgoing
 
     def failure(self, work: Work, error: ServingGraphError, *, left_out: bool = False) -> Outgoing:

@@ -45,6 +45,11 @@ class Budget:
         self._full = False
         return True
 
+    def reset(self) -> None:
+        """Forget everything: the partitions belong to others."""
+        self.records = self.size = 0
+        self._full = False
+
     @property
     def full(self) -> bool:
         """True from when a limit is reached until there is room again that is worth it."""

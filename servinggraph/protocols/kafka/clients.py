@@ -11,10 +11,11 @@ import asyncio
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.errors import UnknownTopicOrPartitionError
 
 from servinggraph.kafka import KafkaOptions
 
-__all__ = ["Clients"]
+__all__ = ["Clients", "client_of", "closed", "has_topic"]
 
 _BATCH_BYTES: Final = 256 * 1024
 _OVERHEAD: Final = 64 * 1024
@@ -113,3 +114,12 @@ async def closed(client: AIOKafkaConsumer | AIOKafkaProducer, timeout_s: float) 
 def client_of(client: AIOKafkaConsumer | AIOKafkaProducer) -> Any:
     """Return the connections of a client."""
     return client._client if isinstance(client, AIOKafkaConsumer) else client.client  # noqa: SLF001
+
+
+async def has_topic(consumer: AIOKafkaConsumer, topic: str, timeout_s: float) -> bool:
+    """Tell whether the brokers have a topic; to ask for it makes it where they create topics by themselves."""
+    try:
+        await asyncio.wait_for(client_of(consumer)._wait_on_metadata(topic), timeout_s)  # noqa: SLF001  (no public way)
+    except (TimeoutError, UnknownTopicOrPartitionError):
+        return False
+    return True

@@ -28,6 +28,7 @@ from servinggraph.protocols.v2 import RequestLimits, encode_response, parse_requ
 __all__ = ["Answer", "Decoded", "decode"]
 
 PROTOBUF: Final = frozenset({"application/x-protobuf", "application/protobuf", "application/vnd.google.protobuf"})
+_FREEFORM: Final = "freeform"
 _DIGITS: Final = re.compile(rb"[0-9]{1,18}")
 _V2: Final = re.compile(rb'"inputs"\s*:\s*\[')
 
@@ -50,13 +51,13 @@ class Decoded(NamedTuple):
     """Encodes its answer; raises `ServingGraphError` when that cannot be sent."""
 
 
-def decode(value: bytes, headers: Mapping[str, bytes], format: str, plan: Plan, limits: RequestLimits) -> Decoded:
+def decode(value: bytes, headers: Mapping[str, bytes], form: str, plan: Plan, limits: RequestLimits) -> Decoded:
     """Decode a record's value, and check it against what the graph declares.
 
     Args:
         value: the value, without content coding.
         headers: the record's headers.
-        format: the format that the graph's `kafka:` block says.
+        form: the format that the graph's `kafka:` block says.
         plan: the graph.
         limits: bounds.
 
@@ -64,20 +65,18 @@ def decode(value: bytes, headers: Mapping[str, bytes], format: str, plan: Plan, 
         ServingGraphError: whatever is wrong with the request.
     """
     content_type = headers.get(names.CONTENT_TYPE, b"").decode("latin-1")
-    if format == "auto":
-        format = "freeform" if plan.body else _recognized(value, headers, content_type)
-    if format in ("json", "msgpack"):
-        content_type = content_type or (JSON if format == "json" else MSGPACK[0])
-        format = "freeform"
-    if plan.body:
+    if form == "auto":
+        form = _FREEFORM if plan.body else _recognized(value, headers, content_type)
+    if form in ("json", "msgpack"):
+        content_type = content_type or (JSON if form == "json" else MSGPACK[0])
+        form = _FREEFORM
+    if plan.body or form == _FREEFORM:
         return _freeform(value, headers, plan, content_type)
-    if format == "freeform":
-        return _freeform(value, headers, plan, content_type or JSON)
-    if format == "v2-protobuf":
+    if form == "v2-protobuf":
         return _protobuf(value, plan, limits)
-    length = 0 if format == "raw" else _header_length(headers, len(value))
-    if format == "v2-binary" and length is None:
-        raise InvalidRequest(f"'format: v2-binary' needs the header '{names.HEADER_LENGTH}': the bytes of JSON before the tensors")
+    length = 0 if form == "raw" else _header_length(headers, len(value))
+    if form == "v2-binary" and length is None:
+        raise InvalidRequest(f"'format: v2-binary' needs the header '{names.HEADER_LENGTH}': bytes of JSON before the tensors")
     request = parse_request(value, length, plan.name, plan.inputs, plan.outputs, limits)
     return Decoded(request, lambda response: _encode_v2(response, request))
 
@@ -92,9 +91,9 @@ def _recognized(value: bytes, headers: Mapping[str, bytes], content_type: str) -
     if name == OCTETS:
         return "raw"
     if name and kind_of(name) != "json":
-        return "freeform"
+        return _FREEFORM
     # A document may have tensors by name, which V2 never has at the top: there 'inputs' is a list of them.
-    return "v2-json" if not name or _V2.search(value) else "freeform"
+    return "v2-json" if not name or _V2.search(value) else _FREEFORM
 
 
 def _header_length(headers: Mapping[str, bytes], value_length: int) -> int | None:

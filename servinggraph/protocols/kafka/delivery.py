@@ -82,11 +82,13 @@ class Delivery(ABC):
             KafkaError: the brokers cannot be reached, or refuse.
         """
 
+    @abstractmethod
     async def assigned(self, partitions: Sequence[Partition]) -> None:
         """Make ready for partitions that this member owns from now on."""
 
     async def taken(self, partition: Partition, offset: int) -> None:
         """Note that a partition's records were read up to an offset, and are about to be run."""
+        return
 
     @abstractmethod
     async def deliver(self, work: Work, outgoing: Outgoing) -> None:
@@ -113,7 +115,7 @@ class Delivery(ABC):
         else:
             counts.produced += 1
         counts.seconds += max(0.0, time.time() - work.record.timestamp / 1e3)
-        if self.budget.give(work.size):
+        if work.partition.owned and self.budget.give(work.size):
             self.room()
 
 

@@ -145,9 +145,7 @@ class Exchange:
         if value is None:
             raise InvalidRequest("the record has no value (a tombstone), and a request is in the value")
         if len(value) > self._max_bytes:
-            raise RequestTooLarge(
-                f"request size exceeds the maximum allowed: {self._max_bytes} bytes (limit 'max_body_bytes')"
-            )
+            raise RequestTooLarge(f"request size exceeds the maximum allowed: {self._max_bytes} bytes (limit 'max_body_bytes')")
         headers, plan = work.headers, graph.plan
         coding = headers.get(_CODING, b"").decode("latin-1")
         if not coding and len(value) <= _LARGE_BYTES:

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 
-from servinggraph.errors import ServingGraphError
 from servinggraph.protocols.kafka.budget import Budget
 from servinggraph.protocols.kafka.clients import closed
 from servinggraph.protocols.kafka.delivery import AtLeastOnce, AtMostOnce, Delivery
-from servinggraph.protocols.kafka.records import Partition, Place, Record, Work
+from servinggraph.protocols.kafka.records import Partition, Record, Work
 from servinggraph.protocols.kafka.runner import Runner
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ class Fenced(Exception):
     """This member was not heard of for so long that its partitions may belong to another by now."""
 
 
-class Session(ConsumerRebalanceListener):
+class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has no types
     """Reads, runs, writes and commits.
 
     Args:
@@ -47,18 +46,17 @@ class Session(ConsumerRebalanceListener):
         self._options = stream.options
         self._counts = stream.counts
         self._loop = asyncio.get_running_loop()
-        self.budget = Budget(self._options.max_waiting, self._options.max_waiting_bytes)
-        self.consumer: AIOKafkaConsumer = stream.clients.consumer()
-        self.delivery = self._make_delivery()
-        self.runner = Runner(
-            stream.exchange, stream.addressing, self._options, self._counts, self._deliver, self._fail
-        )
-        self.partitions: dict[TopicPartition, Partition] = {}
         self._failed: asyncio.Future[None] = self._loop.create_future()
         self._room = asyncio.Event()
         self._settled = asyncio.Event()
+        self._giving_up = asyncio.Lock()
         self._alive_at = self._loop.time()
         self.joined = False
+        self.partitions: dict[TopicPartition, Partition] = {}
+        self.budget = Budget(self._options.max_waiting, self._options.max_waiting_bytes)
+        self.consumer: AIOKafkaConsumer = stream.clients.consumer()
+        self.delivery = self._make_delivery()
+        self.runner = Runner(stream.exchange, stream.addressing, self._options, self._counts, self._deliver, self._fail)
 
     def _make_delivery(self) -> Delivery:
         kinds: Mapping[str, Any] = {"at_least_once": AtLeastOnce, "at_most_once": AtMostOnce}
@@ -79,7 +77,8 @@ class Session(ConsumerRebalanceListener):
         try:
             await self._open()
             polling = self._loop.create_task(self._poll(), name="kafka-poll")
-            await asyncio.wait({polling, told, self._failed}, return_when=asyncio.FIRST_COMPLETED)
+            ends: set[asyncio.Future[Any]] = {polling, told, self._failed}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if self._failed.done():
                 self._failed.result()
             if polling.done():
@@ -134,15 +133,17 @@ class Session(ConsumerRebalanceListener):
                 partition = self.partitions.get(place)
                 if partition is None:  # a rebalance is under way: they are read again once it is known where from
                     consumer.seek(place, records[0].offset)
-                    await self._settled.wait()
                     continue
                 await self.delivery.taken(partition, records[-1].offset)
+                if not partition.owned:
+                    continue
                 for record in records:
                     self._take(partition, record)
                 if len(partition.offsets) > _AHEAD:
                     consumer.pause(place)
             self.runner.go()
             self._resume_partitions()
+            await self._settled.wait()
 
     def _take(self, partition: Partition, record: Record) -> None:
         partition.offsets.begin(record.offset)
@@ -209,6 +210,10 @@ class Session(ConsumerRebalanceListener):
 
     async def _give_up(self, grace_s: float) -> None:
         """Let go of all partitions within a time; with none, whatever runs is abandoned."""
+        async with self._giving_up:
+            await self._let_go(grace_s)
+
+    async def _let_go(self, grace_s: float) -> None:
         until = self._loop.time() + max(0.0, grace_s)
         partitions = list(self.partitions.values())
         keep = self.delivery.runs_waiting and grace_s > 0
@@ -223,7 +228,8 @@ class Session(ConsumerRebalanceListener):
             await self.runner.abandon()
         settled = grace_s > 0 and await self.delivery.settle(partitions, until + 1)
         self.partitions.clear()
-        self.budget.__init__(self._options.max_waiting, self._options.max_waiting_bytes)  # type: ignore[misc]
+        self.budget.reset()
+        self._room.set()
         if not settled and self.delivery.unwritten:
             self._fail(Fenced("the broker did not take all answers before the partitions went to another member"))
 
@@ -239,4 +245,4 @@ class Session(ConsumerRebalanceListener):
         self._counts.rebalances += 1
         self.joined = True
         self._settled.set()
-        self._stream.changed()
+        self._stream.changed("")

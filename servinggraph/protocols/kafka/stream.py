@@ -1,0 +1,221 @@
+"""The topics of one graph, served for as long as the server lives: sessions one after the other, with pauses between."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any, Final
+
+from aiokafka import AIOKafkaConsumer
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError, UnknownTopicOrPartitionError
+
+from servinggraph.errors import RequestTooLarge, ServingGraphError
+from servinggraph.guards import backoff_s
+from servinggraph.kafka import KafkaOptions
+from servinggraph.lifecycle import Serving
+from servinggraph.protocols.kafka.addressing import Addressing
+from servinggraph.protocols.kafka.clients import Clients, has_topic
+from servinggraph.protocols.kafka.delivery import NotWritten
+from servinggraph.protocols.kafka.exchange import Exchange
+from servinggraph.protocols.kafka.records import Place
+from servinggraph.protocols.kafka.report import Counts
+from servinggraph.protocols.kafka.session import Session
+
+__all__ = ["Stream"]
+
+logger = logging.getLogger("servinggraph.kafka")
+
+_FIRST_S: Final = 0.25
+_MOST_S: Final = 15.0
+_TOPIC_S: Final = 5.0
+_LAG_S: Final = 2.0
+"""How often the lag is looked at, which also tells whether the brokers answer."""
+_VERDICTS: Final = 1000
+
+
+class TopicMissing(Exception):
+    """A topic that is needed is not there."""
+
+
+class Stream:
+    """Serves one graph's topics.
+
+    Attributes:
+        graph: the graph's name.
+        options: its `kafka:` block.
+        counts: what happened since the start.
+        state: what it does now, or why it does nothing, in words.
+        verdicts: records whose answers the broker does not take, to be given up when they are read again.
+        stop_by: moment on the loop's clock by which a stop has to be over.
+        lag: records that wait in this member's partitions, at the last look; None before the first.
+
+    Args:
+        serving: the graphs, the slots, the limits.
+        graph: the graph's name.
+        options: its `kafka:` block.
+        brokers: addresses instead of the block's; empty for the block's.
+        notice: called after every change of `ready`.
+    """
+
+    def __init__(self, serving: Serving, graph: str, options: KafkaOptions, brokers: str, notice: Callable[[], None]) -> None:
+        self.graph, self.options = graph, options
+        self.counts = Counts()
+        self.state = "connecting"
+        self.clients = Clients(options, graph, brokers)
+        self.exchange = Exchange(serving, graph, options)
+        self.addressing = Addressing(options, graph, self.exchange)
+        self.verdicts: dict[Place, ServingGraphError] = {}
+        self.stop_by = 0.0
+        self.lag: int | None = None
+        self._notice = notice
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        self._session: Session | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin; connects in the background, and again for as long as it takes."""
+        self._task = self._loop.create_task(self._run(), name=f"kafka-{self.graph}")
+
+    async def stop(self, grace_s: float) -> None:
+        """Read no more, let what runs end within a time, write, commit, and leave the group."""
+        self.stop_by = self._loop.time() + grace_s
+        self._stop.set()
+        if self._task is not None:
+            await self._task
+
+    async def _run(self) -> None:
+        failures = 0
+        while not self._stop.is_set():
+            self._session = session = Session(self)
+            began = self._loop.time()
+            watching = self._loop.create_task(self._watch(session), name="kafka-watch")
+            try:
+                await session.run(self._stop)
+            except Exception as error:
+                failures = 1 if self._loop.time() - began > 2 * _MOST_S else failures + 1
+                pause = backoff_s(failures, _FIRST_S, _MOST_S, jitter=True)
+                self._failed(error, pause)
+                self.counts.reconnects += 1
+                try:
+                    await asyncio.wait_for(self._stop.wait(), pause)
+                except TimeoutError:
+                    pass
+            finally:
+                watching.cancel()
+                await asyncio.wait({watching})
+        self.changed("stopped")
+
+    def _failed(self, error: Exception, pause_s: float) -> None:
+        """Note why a session ended, with a line in the log where that is news."""
+        cause = error.__cause__
+        if isinstance(error, NotWritten) and isinstance(cause, MessageSizeTooLargeError):
+            # To be given up when it is read again, so that one record does not end session after session.
+            size = len(error.outgoing.value or b"")
+            text = f"topic '{error.outgoing.topic}' takes no record of {size} bytes (its 'max.message.bytes')"
+            self.verdicts[error.work.place] = RequestTooLarge(text)
+            while len(self.verdicts) > _VERDICTS:
+                del self.verdicts[next(iter(self.verdicts))]
+        text = str(error) or type(error).__name__
+        if isinstance(error, NotWritten) and isinstance(cause, UnknownTopicOrPartitionError):
+            text = f"there is no topic '{error.outgoing.topic}'"
+        if isinstance(error, NotWritten) and error.outgoing.dead:
+            text = f"stopped, because dead letters cannot be written and none may be lost: {text}"
+        known = isinstance(error, KafkaError | TopicMissing | NotWritten | OSError)
+        state = f"not connected to {self.clients.brokers}: {text}" if type(error).__name__ in _UNREACHABLE else text
+        if state != self.state:
+            level = logging.WARNING if known else logging.ERROR
+            logger.log(level, "graph '%s', Kafka: %s; trying again", self.graph, state, exc_info=None if known else error)
+        self.changed(state)
+
+    def changed(self, state: str) -> None:
+        """Note a change of the state; empty for one in which records are read."""
+        if not state and self.state not in ("", "connecting"):
+            logger.info("graph '%s', Kafka: reading again", self.graph)
+        self.state = state
+        self._notice()
+
+    async def check_topics(self, consumer: AIOKafkaConsumer) -> None:
+        """Find out before anything is read whether all topics are there.
+
+        Raises:
+            TopicMissing: one is not.
+        """
+        options = self.options
+        needed = [(topic, "to be read") for topic in options.input.topics]
+        needed += [(options.output.topic or "", "for answers"), (options.errors.topic or "", "for dead letters")]
+        for topic, use in needed:
+            if topic and not await has_topic(consumer, topic, _TOPIC_S):
+                raise TopicMissing(f"there is no topic '{topic}' ({use}) at {self.clients.brokers}")
+
+    async def _watch(self, session: Session) -> None:
+        """Look at the lag now and then."""
+        while True:
+            await asyncio.sleep(_LAG_S)
+            if not session.joined:
+                continue
+            ready = self.ready
+            try:
+                ends = await asyncio.wait_for(session.consumer.end_offsets(list(session.partitions)), 2 * _LAG_S)
+            except (KafkaError, TimeoutError):
+                continue
+            self.lag = sum(
+                max(0, end - (partition.offsets.position or 0))
+                for place, end in ends.items()
+                if (partition := session.partitions.get(place)) is not None and partition.offsets.position is not None
+            )
+            if ready != self.ready:
+                self._notice()
+
+    def describe(self) -> str:
+        """Say in a line what is read and written, and with which promise."""
+        options = self.options
+        read = ", ".join(options.input.topics)
+        written = options.output.topic or ", ".join(options.output.reply_topics)
+        promise = options.delivery.replace("_", " ")
+        return f"{self.clients.brokers}: {self.graph} reads {read} as group {options.input.group}, writes {written}, {promise}"
+
+    @property
+    def ready(self) -> bool:
+        """True while this member is in its group, and not too far behind where there is a limit to that."""
+        session, limit = self._session, self.options.input.max_lag
+        return session is not None and session.joined and (limit is None or self.lag is None or self.lag <= limit)
+
+    def report(self) -> dict[str, Any]:
+        """Return what can be told of it, as plain values."""
+        session = self._session
+        now = self._loop.time()
+        told: dict[str, Any] = {
+            "graph": self.graph,
+            "group": self.options.input.group,
+            "delivery": self.options.delivery,
+            "ready": self.ready,
+            "state": self.state or "reading",
+            "lag": self.lag,
+            **self.counts.plain(),
+        }
+        if session is not None:
+            told |= {
+                "partitions": [f"{place.topic}/{place.partition}" for place in sorted(session.partitions)],
+                "in_flight": session.runner.running,
+                "waiting": session.budget.records,
+                "waiting_bytes": session.budget.size,
+                "unwritten": session.delivery.unwritten,
+                "paused": session.budget.full,
+                "commit_age_s": round(now - session.delivery.committed_at, 3),
+                "positions": {
+                    f"{place.topic}/{place.partition}": partition.offsets.position
+                    for place, partition in session.partitions.items()
+                },
+            }
+        return told
+
+
+_UNREACHABLE: Final = {
+    "KafkaConnectionError",
+    "NoBrokersAvailable",
+    "KafkaTimeoutError",
+    "RequestTimedOutError",
+    "NodeNotReadyError",
+}

@@ -1,0 +1,183 @@
+"""What tests of the Kafka front end share: a graph served from topics of its own, and a way to write and read them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+
+from servinggraph import Graph
+from servinggraph.interfaces import FrontEndOptions
+from servinggraph.lifecycle import Serving
+from servinggraph.protocols.kafka.server import KafkaFrontEnd
+
+PATIENCE_S = 20.0
+
+
+def body(*values: float, id: str = "") -> bytes:
+    """Return a V2 request with one tensor `x`."""
+    document: dict[str, Any] = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [len(values)], "data": list(values)}]}
+    return json.dumps(document | ({"id": id} if id else {})).encode()
+
+
+def values(record: Any) -> list[float]:
+    """Return what the only tensor of a V2 answer holds."""
+    return list(json.loads(record.value)["outputs"][0]["data"])
+
+
+def header(record: Any, name: str) -> str | None:
+    """Return a header as text; None without it."""
+    found = dict(record.headers).get(name)
+    return None if found is None else found.decode()
+
+
+async def until(condition: Any, what: str = "it never came true", patience_s: float = PATIENCE_S) -> Any:
+    """Wait for a condition."""
+    end = asyncio.get_running_loop().time() + patience_s
+    while not (result := condition()):
+        assert asyncio.get_running_loop().time() < end, what() if callable(what) else what
+        await asyncio.sleep(0.01)
+    return result
+
+
+class Served:
+    """A graph served from topics, in this process.
+
+    Attributes:
+        input, output, dead: its topics.
+    """
+
+    def __init__(self, broker: Any, serving: Serving, front_end: KafkaFrontEnd, kafka: dict[str, Any]) -> None:
+        self.broker, self.serving, self.front_end, self.kafka = broker, serving, front_end, kafka
+        self.input = kafka["input"]["topics"][0]
+        self.output = kafka.get("output", {}).get("topic")
+        self.dead = kafka.get("errors", {}).get("topic")
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return self.front_end.report()[0]
+
+    async def ready(self) -> None:
+        await until(lambda: self.front_end.report() and self.report["ready"], lambda: f"not ready: {self.front_end.report()}")
+
+    async def committed(self, partition: int = 0, at_least: int = 0) -> int | None:
+        """Return the offset that the group has committed, once it is `at_least` so much."""
+        consumer = AIOKafkaConsumer(bootstrap_servers=self.broker.address, group_id=self.kafka["input"]["group"])
+        await consumer.start()
+        end = asyncio.get_running_loop().time() + PATIENCE_S
+        try:
+            while True:
+                offset = await consumer.committed(TopicPartition(self.input, partition))
+                if at_least <= (offset or 0):
+                    return offset
+                assert asyncio.get_running_loop().time() < end, f"{offset} is committed"
+                await asyncio.sleep(0.02)
+        finally:
+            await consumer.stop()
+
+
+class Kit:
+    """Writes and reads topics of a broker.
+
+    Args:
+        broker: the broker.
+    """
+
+    def __init__(self, broker: Any) -> None:
+        self.broker = broker
+        self.address = broker.address
+
+    async def options(self, partitions: int = 1, settings: dict[str, str] | None = None, **kafka: Any) -> dict[str, Any]:
+        """Return a `kafka:` block with fresh topics."""
+        fresh = [await self.broker.topic(name, count) for name, count in (("in", partitions), ("out", partitions), ("dead", 1))]
+        least = {
+            "brokers": self.address,
+            "input": {"topics": [fresh[0]], "group": f"group-{fresh[0]}", **kafka.pop("input", {})},
+            "output": {"topic": fresh[1], **kafka.pop("output", {})},
+            "errors": {"topic": fresh[2]},
+            "retry": {"first_ms": 10.0, **kafka.pop("retry", {})},
+        }
+        return {**least, **kafka}
+
+    @asynccontextmanager
+    async def serve(
+        self, work: Any, kafka: dict[str, Any], *, inputs: Any = None, ready: bool = True, **limits: Any
+    ) -> AsyncIterator[Served]:
+        """Serve a graph of one step; `work` may be a whole graph."""
+        graph = (
+            work
+            if isinstance(work, Graph)
+            else Graph("g", inputs or {"x": ("FP32", [-1])}, kafka=kafka).to(work, "step").respond()
+        )
+        serving = Serving(FrontEndOptions(**limits))
+        await serving.catalog.load([graph.compile()])
+        front_end = KafkaFrontEnd(serving)
+        await front_end.start()
+        served = Served(self.broker, serving, front_end, kafka)
+        try:
+            if ready:
+                await served.ready()
+            yield served
+        finally:
+            await front_end.stop(5)
+            await serving.catalog.stop()
+            await serving.close()
+
+    async def send(self, topic: str, *records: Any) -> None:
+        """Write records: values, or (key, value) pairs, or mappings of what `AIOKafkaProducer.send` takes."""
+        async with AIOKafkaProducer(bootstrap_servers=self.address, acks="all", linger_ms=2) as producer:
+            sent = []
+            for record in records:
+                if isinstance(record, bytes):
+                    record = {"value": record}
+                elif isinstance(record, tuple):
+                    record = {"key": record[0], "value": record[1]}
+                sent.append(await producer.send(topic, **record))
+            await asyncio.gather(*sent)
+
+    async def read(
+        self, topic: str, count: int | None = None, *, quiet_s: float = 1.0, patience_s: float = PATIENCE_S
+    ) -> list[Any]:
+        """Return a topic's committed records from its beginning: `count` of them, then what comes within `quiet_s`."""
+        consumer = AIOKafkaConsumer(
+            topic, bootstrap_servers=self.address, auto_offset_reset="earliest", isolation_level="read_committed",
+            enable_auto_commit=False,
+        )  # fmt: skip
+        await consumer.start()
+        found: list[Any] = []
+        loop = asyncio.get_running_loop()
+        end = loop.time() + patience_s
+        try:
+            while count is not None and len(found) < count:
+                assert loop.time() < end, f"{len(found)} of {count} records came in topic {topic}"
+                for records in (await consumer.getmany(timeout_ms=200)).values():
+                    found += records
+            quiet = loop.time() + quiet_s
+            while loop.time() < quiet:
+                for records in (await consumer.getmany(timeout_ms=100)).values():
+                    found += records
+                    quiet = loop.time() + quiet_s
+        finally:
+            await consumer.stop()
+        return found
+
+
+@pytest.fixture
+def kit(kafka: Any) -> Kit:
+    """Return what writes, reads and serves topics of a real broker."""
+    return Kit(kafka)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def double(value: Any) -> Any:
+    """A step."""
+    return {"y": value["x"] * 2}

@@ -1,0 +1,152 @@
+"""From topic to topic, on a real broker."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from servinggraph.errors import Unavailable
+
+pytestmark = pytest.mark.anyio
+
+
+def _conftest():
+    # By path: tests are imported with importlib, which gives files of a folder no common package.
+    path = Path(__file__).with_name("conftest.py")
+    return next(module for module in sys.modules.values() if getattr(module, "__file__", None) == str(path))
+
+
+here = _conftest()
+body, values, header, until, double = here.body, here.values, here.header, here.until, here.double
+
+
+async def test_a_request_in_the_input_topic_has_its_answer_in_the_output_topic(kit):
+    kafka = await kit.options()
+    async with kit.serve(double, kafka) as served:
+        await kit.send(served.input, {"key": b"k", "value": body(1, 2, id="7"), "headers": [("mine", b"\x00\xff")]})
+        (answer,) = await kit.read(served.output, 1)
+
+    assert (b"k", [2.0, 4.0], "7") == (answer.key, values(answer), json.loads(answer.value)["id"])
+    assert [("content-type", b"application/json"), ("x-status", b"ok"), ("mine", b"\x00\xff")] == list(answer.headers)
+
+
+async def test_records_that_end_in_any_order_are_committed_only_up_to_the_first_that_has_not(kit):
+    gates = {}
+
+    async def wait(value):
+        x = value["x"]
+        await gates.setdefault(x[0], asyncio.Event()).wait()
+        return {"y": x}
+
+    kafka = await kit.options(commit={"interval_ms": 20})
+    async with kit.serve(wait, kafka) as served:
+        await kit.send(served.input, *((bytes([i]), body(i)) for i in range(4)))
+        await until(lambda: len(gates) == 4)
+        gates[2].set(), gates[0].set()
+        await until(lambda: served.report["produced"] == 2)
+        assert [1, 1] == [await served.committed(at_least=1), served.report["positions"][f"{served.input}/0"]]
+        gates[1].set()
+        assert 3 == await served.committed(at_least=3)
+        gates[3].set()
+        await kit.read(served.output, 4)
+
+    assert 4 == await served.committed()
+
+
+async def test_what_cannot_be_answered_is_a_dead_letter_and_harms_nobody(kit):
+    def strict(value):
+        x = value["x"]
+        if x[0] < 0:
+            raise ValueError("negative")
+        return {"y": x}
+
+    kafka = await kit.options()
+    async with kit.serve(strict, kafka) as served:
+        poison = {"key": b"b", "value": b"{nonsense", "headers": [("mine", b"1")]}
+        await kit.send(served.input, (b"a", body(1)), poison, (b"c", body(-1)), (b"d", body(2)))
+        answers = await kit.read(served.output, 2)
+        letters = await kit.read(served.dead, 2)
+
+    assert {(b"a", 1.0), (b"d", 2.0)} == {(answer.key, values(answer)[0]) for answer in answers}
+    undecoded, failed = sorted(letters, key=lambda letter: letter.key)
+    assert (b"{nonsense", "1", "invalid_request") == (
+        undecoded.value,
+        header(undecoded, "mine"),
+        header(undecoded, "x-dead-error"),
+    )
+    assert ("internal", "step", "ValueError: negative") == tuple(
+        header(failed, name) for name in ("x-dead-error", "x-dead-node", "x-dead-message")
+    )
+    assert ("2", "0", served.input, "1", "g", "1") == tuple(
+        header(failed, f"x-dead-{name}") for name in ("offset", "partition", "topic", "attempts", "graph", "graph-version")
+    )
+    assert "test_front_end.py" in header(failed, "x-dead-stack")
+    assert body(-1) == failed.value
+    assert 4 == await served.committed()
+
+
+async def test_a_failure_that_may_pass_is_tried_again_and_holds_up_only_its_own_key(kit):
+    tries = []
+
+    def shaky(value):
+        x = value["x"]
+        tries.append(x[0])
+        if x[0] == 1 and tries.count(1) < 3:
+            raise Unavailable("the store is down")
+        return {"y": x}
+
+    kafka = await kit.options(retry={"first_ms": 100.0})
+    async with kit.serve(shaky, kafka) as served:
+        await kit.send(served.input, (b"a", body(1)), (b"a", body(2)), *((b"b", body(10 + i)) for i in range(5)))
+        answers = [values(answer)[0] for answer in await kit.read(served.output, 7)]
+
+    assert [1.0, 2.0] == [value for value in answers if value < 10]
+    assert 3 == tries.count(1)
+    assert set(answers[:5]) == {10, 11, 12, 13, 14}
+
+
+async def test_a_failure_that_does_not_pass_is_given_up_after_its_attempts(kit):
+    def down(value):
+        raise Unavailable("the store is down")
+
+    kafka = await kit.options(retry={"attempts": 3})
+    async with kit.serve(down, kafka) as served:
+        await kit.send(served.input, body(1))
+        (letter,) = await kit.read(served.dead, 1)
+
+    assert ("3", "unavailable") == (header(letter, "x-dead-attempts"), header(letter, "x-dead-error"))
+
+
+async def test_a_stop_finishes_what_runs_commits_it_and_leaves_the_rest(kit):
+    begun = []
+
+    async def slow(value):
+        x = value["x"]
+        begun.append(x[0])
+        await asyncio.sleep(0.3)
+        return {"y": x}
+
+    kafka = await kit.options(max_in_flight=2, commit={"interval_ms": 60_000})
+    async with kit.serve(slow, kafka) as served:
+        await kit.send(served.input, *((bytes([i]), body(i)) for i in range(6)))
+        await until(lambda: len(begun) == 2)
+    answers = await kit.read(served.output, 2)
+
+    assert {0.0, 1.0} == {values(answer)[0] for answer in answers}
+    assert 2 == await served.committed()
+
+
+async def test_the_server_is_ready_once_its_member_has_joined_and_not_while_topics_are_missing(kit):
+    kafka = await kit.options()
+    missing = {**kafka, "errors": {"topic": "dead-that-is-not-there"}}
+    async with kit.serve(double, missing, ready=False) as served:
+        await until(lambda: "no topic" in served.report["state"], lambda: served.report)
+        assert "there is no topic 'dead-that-is-not-there' (for dead letters)" in served.report["state"]
+        assert not served.serving.catalog.ready
+        await kit.broker.create_topics({"dead-that-is-not-there": 1})
+        await served.ready()
+        assert served.serving.catalog.ready
