@@ -8,6 +8,7 @@ from typing import Any
 from servinggraph.context import Context
 from servinggraph.errors import ServingGraphError, Unavailable, Unsupported
 from servinggraph.lifecycle import infer
+from servinggraph.protocols.grpc.feedback import answer_feedback, is_feedback
 from servinggraph.protocols.grpc.requests import Requests, failure_of
 from servinggraph.protocols.grpc.routing import Call, abort
 
@@ -43,7 +44,10 @@ class ModelInfer:
             return await abort(call, error)
         self._tasks.add(task)
         try:
-            request = requests.decode(*requests.split(data), call, context)
+            message, raw = requests.split(data)
+            if is_feedback(message):
+                return answer_feedback(message, raw, requests.serving)
+            request = requests.decode(message, raw, call, context)
             if request.graph.tracer is not None:
                 request.graph.tracer.pick(request.graph, context, "GRPC_WAITREAD_END")
             if request.decoupled:

@@ -19,6 +19,7 @@ import grpc
 from servinggraph.context import Context
 from servinggraph.errors import ServingGraphError, Unavailable
 from servinggraph.lifecycle import infer, stream as answers_of
+from servinggraph.protocols.grpc.feedback import answer_feedback, is_feedback
 from servinggraph.protocols.grpc.requests import Request, Requests, failure_of
 from servinggraph.protocols.grpc.routing import Call, abort
 from servinggraph.protocols.grpc.status import text_of
@@ -171,15 +172,21 @@ class _Stream:
         context = Context()
         message = pb.ModelInferRequest()
         request: Request | None = None
+        told: bytes | None = None
         failure: ServingGraphError | None = None
         try:
             message, raw = self._requests.split(data)
-            request = self._requests.decode(message, raw, self._call, context)
+            if is_feedback(message):
+                told = answer_feedback(message, raw, self._requests.serving)
+            else:
+                request = self._requests.decode(message, raw, self._call, context)
         except Exception as error:
             request, failure = None, failure_of(error, self.task)
         if request is not None and request.decoupled:
             return self._answer_all(request, message, context)
         before, self._before = self._before, asyncio.get_running_loop().create_future()
+        if told is not None:
+            return self._in_turn(stream_item(told, final=True), before, self._before)
         if request is None:
             assert failure is not None  # nobody cancels a task that runs
             return self._refuse(failure, message, context, before, self._before)
