@@ -84,6 +84,7 @@ class Context:
     """
 
     __slots__ = (
+        "_answered",
         "_cancelled",
         "_on_idle",
         "_running",
@@ -125,6 +126,7 @@ class Context:
         self.trace: Trace | None = None
         self.failure: Exception | None = None
         self.meter: Meter | None = None
+        self._answered: list[Callable[[], None]] | None = None
         self._cancelled = False
         self._running = 0
         self._on_idle: Callable[[], None] | None = None
@@ -154,6 +156,27 @@ class Context:
     def abandon(self) -> None:
         """Note that nobody waits for the answer any more."""
         self._cancelled = True
+
+    @property
+    def shadow(self) -> bool:
+        """True in a copy of a request that a challenger runs for comparison: nobody gets the answer.
+
+        For a step to look at that has an effect outside of the graph, which would happen twice.
+        """
+        return False
+
+    def when_answered(self, call: Callable[[], None]) -> None:
+        """Call `call` once the graph has run for this request, however that ended."""
+        if self._answered is None:
+            self._answered = []
+        self._answered.append(call)
+
+    def answered(self) -> None:
+        """Note that the graph has run; of a stream, that one answer is there."""
+        if self._answered is not None:
+            calls, self._answered = self._answered, None
+            for call in calls:
+                call()
 
     def count(self, name: str, amount: float = 1) -> None:
         """Add to a counter of the step's own.
@@ -249,6 +272,16 @@ class _View(Context):
 
     def abandon(self) -> None:
         self._whole.abandon()
+
+    @property
+    def shadow(self) -> bool:
+        return self._whole.shadow
+
+    def when_answered(self, call: Callable[[], None]) -> None:
+        self._whole.when_answered(call)
+
+    def answered(self) -> None:
+        self._whole.answered()
 
     def begin_work(self) -> None:
         self._whole.begin_work()

@@ -225,6 +225,7 @@ class Router(ABC, Generic[OptionsT]):
             are joined to a batch before it could not be told apart.
         routes: True when the route in a request's URL decides; set by `signature`.
         versions: versions of the graph that a request may ask for, where they decide; set by `signature`.
+        detached: True when a branch may run although its request was answered, and so outside of its sequence.
         name: the node's name.
         options: the validated options.
         base: folder that relative paths start from.
@@ -237,6 +238,7 @@ class Router(ABC, Generic[OptionsT]):
     decides_by_request: ClassVar[bool] = False
     routes: bool = False
     versions: Collection[str] = ()
+    detached: ClassVar[bool] = False
 
     def __init__(self, name: str, options: OptionsT, base: Path) -> None:
         self.name = name
@@ -271,6 +273,10 @@ class Router(ABC, Generic[OptionsT]):
     async def start(self, host: RouterHost) -> None:
         """Begin: called on the event loop before the first request. What it begins, `stop` ends."""
         self.host = host
+
+    def let_go(self) -> None:
+        """Cancel what runs and no caller waits for, so that it holds up nobody; `stop` follows once all batches have ended."""
+        return
 
     async def stop(self) -> None:
         """End what `start` began. Called once, also after a `start` that failed."""

@@ -29,6 +29,7 @@ ROUTERS: Final[Mapping[str, str]] = {
     "map": "servinggraph.routers.map:Map",
     "model": "servinggraph.routers.model:Model",
     "chain": "servinggraph.routers.chain:Chain",
+    "champion": "servinggraph.routers.champion:Champion",
     "ensemble": "servinggraph.routers.ensemble:Ensemble",
 }
 PROTOCOLS: Final[Mapping[str, str]] = {

@@ -159,6 +159,10 @@ class SharedContext(Context):
     def cancelled(self) -> bool:
         return all(waiter.gone for waiter in self._batch)
 
+    @property
+    def shadow(self) -> bool:
+        return all(waiter.context.shadow for waiter in self._batch)
+
 
 async def awaited(awaitable: Awaitable[Any]) -> Any:
     """Await as a task of its own may: without ending the event loop."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from servinggraph.errors import Problem
-from servinggraph.interfaces import Step
+from servinggraph.interfaces import Router, Step
 from servinggraph.plan import PlanNode
 from servinggraph.spec import GraphSpec, Source
 from servinggraph.spec.source import KeyPath
@@ -47,6 +47,12 @@ def sequence_problems(
         while waiting:
             place, outer = waiting.pop()
             inside = [(keeper, short) for short, branch in outer.branches.items() if (keeper := _keeper(branch))]
+            if inside and isinstance(outer.work, Router) and outer.work.detached:
+                text = (
+                    f"runs branches for requests that are answered already, and '{inside[0][0]}' keeps state for a sequence, "
+                    "which has gone on by then: keep the state in front of this router"
+                )
+                problems.append(source.problem(text, (*place, "branches", inside[0][1]), outer.name))
             if inside and outer.batch not in (None, False):
                 text = f"'batch' of a router cannot go around '{inside[0][0]}', which keeps state: batch that branch itself"
                 problems.append(source.problem(text, (*place, "batch"), outer.name))

@@ -30,6 +30,8 @@ class Seat(Protocol):
 
     async def start(self) -> None: ...
 
+    def let_go(self) -> None: ...
+
     async def stop(self) -> None: ...
 
 
@@ -118,6 +120,8 @@ class Executor:
 
     async def stop(self) -> None:
         """Finish the batches that run, refuse what waits, unload all steps."""
+        for seat in self._seated:
+            seat.let_go()
         try:
             await asyncio.gather(*(batcher.close() for batcher in self.batchers.values()))
             await self._unseat()
@@ -158,6 +162,8 @@ class Executor:
         except BaseException:
             context.abandon()  # what still runs for it, in a thread say, runs in vain
             raise
+        finally:
+            context.answered()
 
     async def stream(self, value: Any, context: Context) -> AsyncGenerator[Any, None]:
         """Run one request that may have any number of answers; see `run`.
@@ -188,6 +194,7 @@ class Executor:
                     raise asyncio.CancelledError
                 if answer is END:
                     return
+                context.answered()
                 yield answer
                 # Plain generators with a fast reader would never let anybody else run.
                 await asyncio.sleep(0)
@@ -195,6 +202,7 @@ class Executor:
             context.abandon()
             raise
         finally:
+            context.answered()
             await run.close()
 
     def _operation(self, node: PlanNode, policies: Mapping[str, Any]) -> Operation:

@@ -83,6 +83,10 @@ class RouterSeat:
             raise StepFailed(text).at(self.router.name) from error
         self._store = store
 
+    def let_go(self) -> None:
+        """Have the router end what no caller waits for; it is stopped soon."""
+        self.router.let_go()
+
     async def stop(self) -> None:
         """Stop the router and save what it is to remember."""
         if self._timer is not None:

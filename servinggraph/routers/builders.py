@@ -7,7 +7,7 @@ from typing import Any
 
 from servinggraph.interfaces import NodeSketch
 
-__all__ = ["Ab", "Bandit", "Chain", "Choice", "Cycle", "Ensemble", "Fallback", "Filter", "Map", "Model"]
+__all__ = ["Ab", "Bandit", "Chain", "Champion", "Choice", "Cycle", "Ensemble", "Fallback", "Filter", "Map", "Model"]
 
 
 def Ab(  # noqa: N802  (reads as the kind that it makes)
@@ -62,6 +62,17 @@ def Ensemble(  # noqa: N802  (reads as the kind that it makes)
 
 
 Branches = Mapping[str, NodeSketch | Callable[..., Any]]
+
+
+def Champion(branches: Branches, champion: str, **options: Any) -> NodeSketch:  # noqa: N802
+    """Return a champion router for the builder.
+
+    Args:
+        branches: name to step, router or plain function; all but one are challengers.
+        champion: the branch that answers.
+        options: keys of the `champion` router and of any node: `rate`, `compare`, `shadow`, `state`, ...
+    """
+    return NodeSketch("router", "champion", {"champion": champion, **options}, dict(branches))
 
 
 def Choice(branches: Branches, when: Mapping[str, str], **options: Any) -> NodeSketch:  # noqa: N802
