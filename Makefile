@@ -37,7 +37,7 @@ proto: .venv/.dev                  ## messages of the gRPC front end from their 
 
 lock:                              ## resolve requirements/lock.txt anew
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml requirements/dev.in --extra grpc --extra kafka --extra kafka-dev --extra onnx --extra plot --extra redis --extra test \
+	$(BIN)/uv pip compile pyproject.toml requirements/dev.in --extra grpc --extra kafka --extra kafka-dev --extra onnx --extra plot --extra redis --extra remote --extra test \
 	  --no-header --no-emit-index-url --no-annotate --python-version 3.11 --upgrade -o requirements/lock.txt
 
 clean:
@@ -51,5 +51,5 @@ clean:
 	touch $@
 
 .venv/.dev: .venv/.installed requirements/dev.in
-	$(PIP) --editable '.[grpc,kafka,kafka-dev,onnx,plot,redis,test]' --requirement requirements/dev.in
+	$(PIP) --editable '.[grpc,kafka,kafka-dev,onnx,plot,redis,remote,test]' --requirement requirements/dev.in
 	touch $@

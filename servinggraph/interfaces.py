@@ -18,7 +18,7 @@ from pydantic import Field
 from servinggraph.context import Context
 from servinggraph.errors import InvalidRequest
 from servinggraph.settings import BatchPolicy, CachePolicy, FrontEndOptions, Options, SequencePolicy
-from servinggraph.tensors import Signature
+from servinggraph.tensors import Signature, TensorSpec
 
 __all__ = [
     "BatchPolicy",
@@ -123,6 +123,7 @@ class Step(ABC, Generic[OptionsT]):
         in_sequences: True when the graph declares `sequences`; set before `prepare`.
         keeps_state: True when the step keeps something in `context.sequences`; set by `prepare`.
         unbatchable: why the step cannot be batched, where its tensors do not say so; set by `prepare`.
+        declared_outputs: outputs that the definition declares, names as the step gives them; set before `prepare`.
     """
 
     options_type: ClassVar[type[Options]]
@@ -131,6 +132,7 @@ class Step(ABC, Generic[OptionsT]):
     in_sequences: bool = False
     keeps_state: bool = False
     unbatchable: str | None = None
+    declared_outputs: Mapping[str, TensorSpec] | None = None
 
     def __init__(self, name: str, options: OptionsT, base: Path) -> None:
         self.name = name

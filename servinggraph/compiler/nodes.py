@@ -146,6 +146,8 @@ class NodeCompiler:
             return None, None
         step: Step[Any] = kind(name, options, self.source.base)
         step.in_sequences = self.sequences
+        if spec.outputs is not None:
+            step.declared_outputs = {tensor: model.spec() for tensor, model in spec.outputs.items()}
         try:
             return step, step.prepare()
         except GraphInvalid as error:

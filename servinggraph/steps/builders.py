@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from servinggraph.interfaces import NodeSketch
 
-__all__ = ["Onnx", "Python"]
+__all__ = ["V2", "Onnx", "Python"]
 
 
 def Onnx(path: str | os.PathLike[str], **options: Any) -> NodeSketch:  # noqa: N802  (reads as the kind that it makes)
@@ -33,3 +33,14 @@ def Python(  # noqa: N802
     """
     given = {"init": dict(init)} if init else {}
     return NodeSketch("step", "python", {"call": call, **given, **options})
+
+
+def V2(url: str | Sequence[str], model: str, **options: Any) -> NodeSketch:  # noqa: N802
+    """Return a step for the builder that another V2 server runs.
+
+    Args:
+        url: `http://host:port` or `grpc://host:port`, or several of them.
+        model: name of the model there.
+        options: keys of the `v2` step and of any node: `version`, `inputs`, `headers`, `retry`, ...
+    """
+    return NodeSketch("step", "v2", {"url": url if isinstance(url, str) else list(url), "model": model, **options})

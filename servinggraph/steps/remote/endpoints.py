@@ -1,0 +1,70 @@
+"""Addresses of remote servers, as options give them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import urlsplit
+
+__all__ = ["Endpoint", "endpoint_of"]
+
+_SCHEMES: Final = {"http": ("http", False), "https": ("http", True), "grpc": ("grpc", False), "grpcs": ("grpc", True)}
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a server is.
+
+    Attributes:
+        protocol: "http" or "grpc".
+        tls: whether the connection is encrypted.
+        host: name or address; an IPv6 address in brackets.
+        port: its port.
+        path: what stands before `/v2` in URLs; empty or with a slash in front.
+    """
+
+    protocol: str
+    tls: bool
+    host: str
+    port: int
+    path: str = ""
+
+    @property
+    def target(self) -> str:
+        """Host and port."""
+        return f"{self.host}:{self.port}"
+
+    def __str__(self) -> str:
+        return f"{self.protocol}{'s' if self.tls else ''}://{self.target}{self.path}"
+
+
+def endpoint_of(url: str) -> Endpoint:
+    """Return the address that a URL gives.
+
+    Raises:
+        ValueError: it is none; the text does not quote it, since it may hold a password.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise ValueError("is no URL: expected http://host:port or grpc://host:port") from None
+    if parts.scheme not in _SCHEMES:
+        scheme = f"scheme '{parts.scheme}'" if "://" in url else "no scheme"
+        raise ValueError(f"has {scheme}: expected http://, https://, grpc:// or grpcs://")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("has a user name or password in it: give 'headers: {Authorization: ...}' instead")
+    if parts.query or parts.fragment:
+        raise ValueError("has a query or fragment, and it is only where a server is")
+    protocol, tls = _SCHEMES[parts.scheme]
+    host = parts.hostname or ""
+    if not host or not all(character.isalnum() or character in "-._:%" for character in host):
+        raise ValueError("names no host")
+    if port is None:
+        if protocol == "grpc":
+            raise ValueError("names no port, and gRPC has none of its own")
+        port = 443 if tls else 80
+    path = parts.path.rstrip("/")
+    if path and protocol == "grpc":
+        raise ValueError("has a path, and gRPC has none")
+    return Endpoint(protocol, tls, f"[{host}]" if ":" in host else host, port, path)

@@ -1,0 +1,49 @@
+"""Headers of requests to other servers: fixed ones, which may be secret, and those of the caller that go along."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from pydantic import SecretStr
+
+__all__ = ["forwarded", "plain_headers"]
+
+_NAME: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_VALUE: Final = re.compile(r"[\x20-\x7e\t]*")
+_TRACE: Final = ("traceparent", "tracestate", "x-request-id")
+_OWN: Final = frozenset(
+    {
+        "connection", "content-encoding", "content-length", "content-type", "expect", "host",
+        "inference-header-content-length", "te", "trailer", "transfer-encoding", "upgrade", "x-request-timeout-ms",
+    }
+)  # fmt: skip
+"""Headers that say how a request is sent; they are the client's."""
+
+
+def plain_headers(headers: Mapping[str, SecretStr]) -> dict[str, str]:
+    """Return headers as they are sent.
+
+    Raises:
+        ValueError: a name or a value that cannot be; values are not quoted.
+    """
+    plain: dict[str, str] = {}
+    for name, secret in headers.items():
+        value = secret.get_secret_value()
+        if not _NAME.fullmatch(name) or name.lower() in _OWN:
+            raise ValueError(f"'{name}' cannot be given: it is no name of a header, or says how requests are sent")
+        if not _VALUE.fullmatch(value):
+            raise ValueError(f"the value of '{name}' has line breaks or characters beyond ASCII")
+        plain[name] = value
+    return plain
+
+
+def forwarded(headers: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
+    """Return those of a caller's headers that go along: what traces requests, and `names` (lower case)."""
+    found: dict[str, str] = {}
+    for name in (*_TRACE, *names):
+        value = headers.get(name)
+        if value is not None and name not in _OWN and _VALUE.fullmatch(value):
+            found[name] = value
+    return found

@@ -1,0 +1,181 @@
+"""What remote steps call: a whole servinggraph in a process of its own, and servers that behave badly."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+STEPS = """
+import asyncio
+import sys
+import numpy as np
+from servinggraph import InvalidRequest, signature
+
+# Each graph has this module to itself, and they count together.
+seen = sys.__dict__.setdefault("seen_by_all", {"cancelled": 0, "begun": 0})
+
+@signature(inputs={"x": ("FP32", [-1])}, outputs={"y": ("FP32", [-1])})
+def double(value):
+    if (value["x"] < 0).any():
+        raise InvalidRequest("x must not be negative")
+    if (value["x"] > 1000).any():
+        raise RuntimeError("too much")
+    return {"y": value["x"] * 2}
+
+def echo(value):
+    return dict(value)
+
+@signature(outputs={"told": ("BYTES", [1])})
+def told(value, context):
+    import json
+    left = None if context.deadline is None else context.deadline - asyncio.get_running_loop().time()
+    text = json.dumps({"id": context.id, "left": left, "headers": dict(context.headers), "parameters": dict(context.parameters)})
+    return {"told": np.array([text.encode()], dtype=object)}
+
+async def slow(value):
+    seen["begun"] += 1
+    try:
+        await asyncio.sleep(30)
+    except asyncio.CancelledError:
+        seen["cancelled"] += 1
+        raise
+    return {"y": value["x"]}
+
+@signature(outputs={"begun": ("INT64", [1]), "cancelled": ("INT64", [1])})
+def count(value):
+    return {name: np.array([number]) for name, number in seen.items()}
+"""
+GRAPHS = {
+    "double": ("x: {datatype: FP32, shape: [-1]}", "double"),
+    "slow": ("x: {datatype: FP32, shape: [-1]}", "slow"),
+    "told": ("x: {datatype: FP32, shape: [-1]}", "told"),
+    "count": ("x: {datatype: FP32, shape: [-1]}", "count"),
+    "echo": (
+        (
+            "x: {datatype: FP32, shape: [-1, 2], optional: true}, text: {datatype: BYTES, shape: [-1], optional: true},"
+            " half: {datatype: BF16, shape: [-1], optional: true}, flag: {datatype: BOOL, shape: [-1], optional: true}"
+        ),
+        "echo",
+    ),
+}
+
+
+class Other:
+    """A servinggraph process."""
+
+    def __init__(self, folder: Path, ports: tuple[int, int] = (0, 0)) -> None:
+        folder.mkdir(exist_ok=True)
+        for name, (inputs, call) in GRAPHS.items():
+            (folder / f"{name}.yaml").write_text(
+                f"graph: {name}\ninputs: {{{inputs}}}\nnodes:\n  n: {{step: python, call: 'other_steps:{call}'}}\nanswer: n\n"
+            )
+        (folder / "other_steps.py").write_text(STEPS)
+        command = [sys.executable, "-m", "servinggraph", "serve", str(folder), "--log-format", "json", "--grace-s", "0"]
+        command += ["--http-port", str(ports[0]), "--grpc-port", str(ports[1])]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if found := re.search(r"serving .* on (\{.*?\})", json.loads(line)["message"]):
+                ports_of = json.loads(found[1].replace("'", '"'))
+                break
+        self.http, self.grpc = f"http://127.0.0.1:{ports_of['http']}", f"grpc://127.0.0.1:{ports_of['grpc']}"
+        # What it logs later must not fill the pipe.
+        self._rest = threading.Thread(target=self.process.stderr.read, daemon=True)
+        self._rest.start()
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait(10)
+        self._rest.join(10)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Other]:
+    """Return a second servinggraph, over HTTP and gRPC."""
+    server = Other(tmp_path_factory.mktemp("other"))
+    yield server
+    server.stop()
+
+
+class BadServer:
+    """Takes connections on a port and does to each what it is told; counts them."""
+
+    def __init__(self, behave: Callable[[socket.socket], None]) -> None:
+        self.behave = behave
+        self.requests = 0
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self._open: list[socket.socket] = []
+        self.port = self._socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            self._open.append(connection)
+            threading.Thread(target=self._talk, args=(connection,), daemon=True).start()
+
+    def _talk(self, connection: socket.socket) -> None:
+        try:
+            while read_request(connection):
+                self.requests += 1
+                self.behave(connection)
+        except OSError:
+            pass
+        finally:
+            connection.close()
+
+    def stop(self) -> None:
+        self._socket.close()
+        for connection in self._open:
+            connection.close()
+
+
+def read_request(connection: socket.socket) -> bytes:
+    """Return a request, once it is there with its body; empty when the client has gone."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        more = connection.recv(65536)
+        if not more:
+            return b""
+        data += more
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = re.search(rb"content-length: *(\d+)", head, re.IGNORECASE)
+    while length and len(body) < int(length[1]):
+        body += connection.recv(65536)
+    return head + b"\r\n\r\n" + body
+
+
+@pytest.fixture
+def bad_server() -> Iterator[Callable[[Callable[[socket.socket], None]], BadServer]]:
+    """Return what makes a server that behaves as a function of its connection says."""
+    made: list[BadServer] = []
+
+    def make(behave: Callable[[socket.socket], None]) -> BadServer:
+        made.append(BadServer(behave))
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.stop()
+
+
+@pytest.fixture
+def nobody() -> str:
+    """Return a URL where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
