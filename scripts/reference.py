@@ -1,4 +1,4 @@
-"""Writes docs/reference.md from the options' own descriptions: `.venv/bin/python scripts/reference.py`."""
+"""Writes docs/reference.md and the table of docs/metrics.md from the code: `.venv/bin/python scripts/reference.py`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ from typing import Any, get_args
 
 from servinggraph.interfaces import BatchPolicy, SequencePolicy
 from servinggraph.kafka import KafkaOptions
+from servinggraph.metrics import ALL
 from servinggraph.registry import kinds, load_kind
 from servinggraph.server import ServerOptions
 from servinggraph.spec import GraphSpec, NodeSpec, Rename, TensorModel
 
-PAGE = Path(__file__).parents[1] / "docs" / "reference.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = DOCS / "reference.md"
+METRICS = DOCS / "metrics.md"
+
+
+_TABLE, _END = "<!-- table: scripts/reference.py -->", "<!-- end -->"
 
 
 def table(model: Any) -> list[str]:
@@ -95,5 +101,17 @@ def page() -> str:
     return "\n".join(lines)
 
 
+def metrics(page: str) -> str:
+    """Return the page of metrics with its table made anew."""
+    rows = []
+    for family in ALL:
+        labels = ", ".join(f"`{label}`" for label in family.labels)
+        rows.append(f"| `{family.name}` | {family.kind} | {family.unit} | {labels} | {family.help} |")
+    table = "\n".join(["| metric | kind | unit | labels | what it says |", "|---|---|---|---|---|", *rows])
+    begin, rest = page.split(_TABLE)
+    return f"{begin}{_TABLE}\n\n{table}\n\n{_END}{rest.split(_END)[1]}"
+
+
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    METRICS.write_text(metrics(METRICS.read_text(encoding="utf-8")), encoding="utf-8")

@@ -79,6 +79,9 @@ class Context:
         runs_again: True in a batch of several requests that run again one by one if it fails:
             better fail than leave something out of every answer for the sake of one.
         trace: records what happens to this request; None for most.
+        arrived: when the request was there to be decoded, by `perf_counter_ns`; 0 where nobody asks.
+        run_began: when the graph began with the request, by `perf_counter_ns`; 0 before.
+        run_ended: when the graph was done with it; 0 before.
         failure: why the branch before this one failed, in a branch of a `fallback` router; else None.
         meter: takes what `count` and `observe` are given; None where nobody asks for it.
     """
@@ -88,6 +91,7 @@ class Context:
         "_cancelled",
         "_on_idle",
         "_running",
+        "arrived",
         "deadline",
         "failure",
         "graph",
@@ -98,6 +102,8 @@ class Context:
         "priority",
         "response_parameters",
         "route",
+        "run_began",
+        "run_ended",
         "runs_again",
         "trace",
         "version",
@@ -124,6 +130,7 @@ class Context:
         self.route = self.version = ""
         self.runs_again = runs_again
         self.trace: Trace | None = None
+        self.arrived = self.run_began = self.run_ended = 0
         self.failure: Exception | None = None
         self.meter: Meter | None = None
         self._answered: list[Callable[[], None]] | None = None

@@ -37,6 +37,7 @@ PROTOCOLS: Final[Mapping[str, str]] = {
     "grpc": "servinggraph.protocols.grpc.server:GrpcFrontEnd",
     "http": "servinggraph.protocols.http.server:HttpFrontEnd",
     "kafka": "servinggraph.protocols.kafka.server:KafkaFrontEnd",
+    "metrics": "servinggraph.protocols.http.server:MetricsFrontEnd",
 }
 
 _EXTRAS: Final = {"onnx": "onnx", "grpc": "grpc", "kafka": "kafka"}

@@ -47,6 +47,9 @@ class ServerOptions(FrontEndOptions):
         "auto", description="Whether topics are read for graphs with a `kafka:` block; `http-port` and `grpc-port` may be off."
     )
     kafka_brokers: str = Field("", description="Addresses of Kafka brokers, instead of those in the graphs.")
+    metrics_port: int | None = Field(
+        None, ge=0, description="Port for /metrics alone, 0 takes a free one; by default it is on the HTTP port."
+    )
     grace_s: float = Field(30, ge=0, description="On SIGTERM, seconds that requests in flight have to finish.")
     model_control: Literal["none", "poll", "explicit"] = Field(
         "none",
@@ -199,7 +202,7 @@ class Server:
         except BaseException:
             await asyncio.gather(*(front_end.stop(0) for front_end in self.front_ends.values()))
             raise
-        if not self.front_ends:
+        if not self.front_ends.keys() - {"metrics"}:
             raise CannotServe("every front end is off: there would be no way to reach a graph")
         grace_s = options.grace_s
         with self._signals():
@@ -236,8 +239,12 @@ class Server:
         logger.info("stopped")
 
     def _bind(self) -> None:
-        for protocol in ("http", "grpc"):
-            front_end = self._front_end(protocol, getattr(self.options, f"{protocol}_port"))
+        options = self.options
+        ports: dict[str, int | str | None] = {"http": options.http_port, "grpc": options.grpc_port}
+        if options.metrics_port is not None and options.metrics == "on":
+            ports["metrics"] = options.metrics_port
+        for protocol, port in ports.items():
+            front_end = self._front_end(protocol, port)
             if front_end is None:
                 continue
             try:

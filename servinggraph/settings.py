@@ -99,6 +99,9 @@ class FrontEndOptions(Options):
     stream_stall_s: float = Field(
         60, gt=0, description="Longest time that the reader of a stream may take nothing; then its connection is cut off."
     )
+    metrics: Literal["on", "off"] = Field(
+        "on", description="Whether requests are measured, and what comes of it is shown to Prometheus at /metrics."
+    )
     audit_log: str = Field("", description="File to which every change of a router is appended; empty for memory alone.")
     admin: Literal["auto", "on", "off"] = Field(
         "auto", description="Whether /admin is there, to read and change routers; auto: on loopback, or with a token."

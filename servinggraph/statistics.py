@@ -14,12 +14,17 @@ from collections.abc import Mapping
 from time import perf_counter_ns, time_ns
 from typing import Any, Final
 
+from servinggraph.errors import ErrorCode, ServingGraphError
+from servinggraph.measures import NodeDurations
 from servinggraph.tensors import Array
 
-__all__ = ["BatchStatistics", "GraphStatistics", "NodeStatistics", "ResponseStatistics", "StreamProgress"]
+__all__ = ["BatchStatistics", "GraphStatistics", "NodeStatistics", "ResponseStatistics", "StreamProgress", "code_of", "is_late"]
 
 MOST_RESPONSES: Final = 256
 """Answers of one request that are told apart; later ones join the last."""
+
+_EARLY_S: Final = 0.002
+"""Timers of some event loops are up to a millisecond early, their clock is as much behind."""
 
 
 class BatchStatistics:
@@ -105,14 +110,19 @@ class NodeStatistics:
         output_ns: of that, for splitting.
         piece_ns: what requests in pieces took less than their pieces together.
         fail: requests that got an error, or whose caller left.
+        failures: those by code of the error, `cancelled` where the caller left.
+        durations: durations by size; None where metrics are off.
+        max_rows: most rows of an execution, of a batched node.
+        load_ns: how long the node took to load.
         batches: executions by number of rows; there are at most as many sizes as the policy's `max_rows`.
         items: of a generator, counters of its items, which are no requests.
         responses: what the n-th answers came to, of a graph that gives several.
     """
 
     __slots__ = (
-        "batched", "batches", "busy_ns", "fail", "fail_ns", "hit_ns", "hits", "input_ns", "items", "last_ns",
-        "miss_ns", "misses", "output_ns", "piece_ns", "queue_ns", "responses", "rows", "success",
+        "batched", "batches", "busy_ns", "durations", "fail", "fail_ns", "failures", "hit_ns", "hits", "input_ns", "items",
+        "last_ns", "load_ns", "max_rows", "miss_ns", "misses", "output_ns", "piece_ns", "queue_ns", "responses", "rows",
+        "success",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -123,11 +133,15 @@ class NodeStatistics:
         self.batches: dict[int, BatchStatistics] = {}
         self.items: NodeStatistics | None = None
         self.responses: list[ResponseStatistics] = []
+        self.failures: dict[str, int] = {}
+        self.durations: NodeDurations | None = None
+        self.max_rows = self.load_ns = 0
 
-    def failed(self, ns: int) -> None:
+    def failed(self, ns: int, code: str) -> None:
         """Count a request that got an error, or that was cancelled, after `ns`."""
         self.fail += 1
         self.fail_ns += ns
+        self.failures[code] = self.failures.get(code, 0) + 1
 
     def answer_failed(self) -> None:
         """Count a request as failed that was counted as answered: what stands behind the node refused the answer.
@@ -135,7 +149,7 @@ class NodeStatistics:
         Its times stay where they are; which of them were this request's is not kept.
         """
         self.success -= 1
-        self.fail += 1
+        self.failed(0, ErrorCode.INTERNAL.value)
 
     def answered_in_pieces(self, ns: int) -> None:
         """Count a request whose pieces have been answered."""
@@ -169,6 +183,13 @@ class NodeStatistics:
         return responses[at]
 
     @property
+    def answered(self) -> int:
+        """Requests that were answered, by a cache or otherwise."""
+        # A generator begins without a failure, and may then have one.
+        items_failed = 0 if self.items is None else self.items.fail
+        return self.success - items_failed + (self.hits if self.batched else 0)
+
+    @property
     def infer_ns(self) -> int:
         """How long requests were computed, each in a batch for as long as the batch."""
         items_ns = 0 if self.items is None else self.items.busy_ns
@@ -176,14 +197,14 @@ class NodeStatistics:
 
     def report(self) -> dict[str, Any]:
         """Return the counters as Triton names them, without name and version."""
-        success, success_ns = self.success, self.queue_ns + self.busy_ns + self.piece_ns
+        success, success_ns = self.answered, self.queue_ns + self.busy_ns + self.piece_ns
         fail, fail_ns = self.fail, self.fail_ns
-        if self.items is not None:  # a generator begins without a failure, and may then have one
-            success, success_ns = success - self.items.fail, success_ns + self.items.busy_ns
+        if self.items is not None:
+            success_ns += self.items.busy_ns
             fail, fail_ns = fail + self.items.fail, fail_ns + self.items.fail_ns
         computed = success - self.hits
         if self.batched:
-            success, success_ns, computed = success + self.hits, success_ns + self.hit_ns, success
+            success_ns += self.hit_ns
             rows, executions = self.rows, sum(batch.count for batch in self.batches.values())
             batches = [self.batches[size].report(size) for size in sorted(self.batches)]
         else:
@@ -220,9 +241,10 @@ class GraphStatistics:
         whole: counters of the batcher of whole requests; None without one.
         counts_rows: True when a request counts as its rows; else it counts as one.
         requests: what every request to the graph came to.
+        measured: True when durations are counted by size, too.
     """
 
-    __slots__ = ("_leaves", "_only", "counts_rows", "last_answer_ns", "nodes", "requests", "whole")
+    __slots__ = ("_leaves", "_only", "counts_rows", "last_answer_ns", "measured", "nodes", "requests", "whole")
 
     def __init__(self, nodes: Mapping[str, NodeStatistics]) -> None:
         self.nodes = nodes
@@ -230,9 +252,23 @@ class GraphStatistics:
         self.counts_rows = False
         self.requests = NodeStatistics()
         self.last_answer_ns = 0
+        self.measured = False
         routers = {name.rpartition(".")[0] for name in nodes}
         self._leaves = [node for name, node in nodes.items() if name not in routers]
         self._only = self._leaves[0] if len(nodes) == 1 else None
+
+    def measure(self) -> None:
+        """Count durations by size, too; before the graph is built."""
+        self.measured = True
+        for node in self.nodes.values():
+            node.durations = NodeDurations()
+
+    def of_whole_requests(self) -> NodeStatistics:
+        """Return the counters of a batcher of whole requests."""
+        self.whole = NodeStatistics()
+        if self.measured:
+            self.whole.durations = NodeDurations()
+        return self.whole
 
     def succeeded(self, now: int, ns: int, inputs: Mapping[str, Array]) -> None:
         """Count a request that got its answer now, by `perf_counter_ns`, after `ns`."""
@@ -253,7 +289,7 @@ class GraphStatistics:
         requests = self.requests
         requests.success -= 1
         requests.busy_ns -= self.last_answer_ns
-        requests.failed(self.last_answer_ns)
+        requests.failed(self.last_answer_ns, ErrorCode.INTERNAL.value)
 
     def report(self) -> dict[str, Any]:
         """Return the graph's counters as Triton names them, without name and version."""
@@ -318,12 +354,31 @@ class StreamProgress:
             (response.cancelled if gone else response.failed)(self._spent())
         elif gone:
             self._statistics.requests.response(self._index + 1).cancelled(0)
-        self._statistics.requests.failed(self._ns)
+        self._statistics.requests.failed(self._ns, code_of(error))
 
     def _spent(self) -> int:
         ns = perf_counter_ns() - self._asked
         self._ns += ns
         return ns
+
+
+def code_of(error: BaseException | None, *, late: bool = False) -> str:
+    """Return the code by which a failure is counted.
+
+    Args:
+        error: what a request failed with; None when its caller left.
+        late: True when its deadline has passed: then that is why it was cancelled.
+    """
+    if isinstance(error, ServingGraphError):
+        return str(error.code.value)
+    if error is None or isinstance(error, asyncio.CancelledError | GeneratorExit):
+        return str((ErrorCode.DEADLINE_EXCEEDED if late else ErrorCode.CANCELLED).value)
+    return str(ErrorCode.INTERNAL.value)
+
+
+def is_late(deadline: float | None, now: float) -> bool:
+    """Tell whether who is cancelled now, on the clock of deadlines, is so because a deadline has passed."""
+    return deadline is not None and now >= deadline - _EARLY_S
 
 
 def _duration(count: int, ns: int) -> dict[str, int]:

@@ -171,3 +171,28 @@ def test_two_servers_do_not_share_a_grpc_port():
     serve(a_plan(), grpc_port=0, announce=announce)
 
     assert "Address already in use" in seen[0]
+
+
+def test_metrics_can_have_a_port_of_their_own_and_are_then_nowhere_else():
+    seen = {}
+
+    async def get(port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        answer = await reader.read()
+        writer.close()
+        return answer
+
+    def announce(server):
+        async def ask():
+            for name, front_end in server.front_ends.items():
+                seen[name] = await get(front_end.port)
+            server.stop()
+
+        seen["task"] = asyncio.ensure_future(ask())
+
+    serve(a_plan(), announce=announce, metrics_port=0)
+
+    assert b"404" in seen["http"].splitlines()[0]
+    assert b"200" in seen["metrics"].splitlines()[0]
+    assert b'servinggraph_graph_ready{graph="g",version="1"} 1.0' in seen["metrics"]

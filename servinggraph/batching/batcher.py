@@ -27,7 +27,7 @@ from servinggraph.errors import (
     Unavailable,
 )
 from servinggraph.interfaces import BatchPolicy, Operation, RowErrors
-from servinggraph.statistics import NodeStatistics
+from servinggraph.statistics import NodeStatistics, code_of, is_late
 from servinggraph.tensors import Array, row_count
 
 __all__ = ["Batcher"]
@@ -63,6 +63,7 @@ class Batcher:
         self._admit = admit
         self._statistics = statistics or NodeStatistics()
         self._statistics.batched = True
+        self._statistics.max_rows = policy.max_rows
         self._queue: BatchQueue[Waiter] = BatchQueue(policy, self._gone)
         self._loop = asyncio.get_running_loop()
         self._running = 0
@@ -75,6 +76,8 @@ class Batcher:
         # wait for, and an idle node is run at once, without another turn.
         self._lone_turns = _LONELY
         self._used_this_turn = False
+        # Since when there is room for a batch, by `perf_counter_ns`: what waits from then on waits for company.
+        self._free = 0
         self._timer: asyncio.Handle | None = None
         self._timer_at = inf
         self._runs: set[asyncio.Future[Any]] = set()
@@ -116,7 +119,7 @@ class Batcher:
         arrived = perf_counter_ns()
         result = self._loop.create_future()
         if self._closed:
-            self._statistics.failed(0)
+            self._statistics.failed(0, Unavailable.code.value)
             result.set_exception(self._error(Unavailable("is shutting down")))
             return result
         try:
@@ -125,11 +128,11 @@ class Batcher:
             rows = row_count(value)
             key = group_key(value)
         except ServingGraphError as error:
-            self._statistics.failed(perf_counter_ns() - arrived)
+            self._statistics.failed(perf_counter_ns() - arrived, error.code.value)
             result.set_exception(error.at(self._name))
             return result
         except Exception as error:
-            self._statistics.failed(perf_counter_ns() - arrived)
+            self._statistics.failed(perf_counter_ns() - arrived, InvalidRequest.code.value)
             invalid = InvalidRequest(f"cannot batch this value: {error}")
             invalid.__cause__ = error
             result.set_exception(invalid.at(self._name))
@@ -185,8 +188,9 @@ class Batcher:
         def ended(task: asyncio.Task[Any]) -> None:
             self._joined.discard(task)
             ns = perf_counter_ns() - arrived
-            if task.cancelled() or task.exception() is not None:
-                self._statistics.failed(ns)
+            error = None if task.cancelled() else task.exception()
+            if task.cancelled() or error is not None:
+                self._statistics.failed(ns, code_of(error, late=is_late(context.deadline, self._loop.time())))
             else:
                 self._statistics.answered_in_pieces(ns)
 
@@ -271,7 +275,7 @@ class Batcher:
         value: Any = batch[0].value
         rows = batch[0].rows
         context = batch[0].context
-        stamps = began, began
+        stamps = self._free, began, began
         try:
             if not single:
                 value = join([waiter.value for waiter in batch])
@@ -282,7 +286,7 @@ class Batcher:
                 if size > rows:
                     value, rows = pad(value, rows, size), size
             if value is not batch[0].value:
-                stamps = began, perf_counter_ns()
+                stamps = self._free, began, perf_counter_ns()
             result = self._call(value, context)
             if self._suspends:
                 # An operation that cannot suspend has run by now, and one that can has begun.
@@ -341,7 +345,7 @@ class Batcher:
 
     def _finish(self, batch: list[Waiter], rows: int, context: Context, stamps: Stamps, result: Any) -> None:
         """Hand each member its rows of a batch's result."""
-        ended = perf_counter_ns()
+        ended = self._freed()
         errors: Mapping[int, str | BaseException] = {}
         try:
             reason = None
@@ -376,8 +380,9 @@ class Batcher:
         answered: list[Waiter] = []
         for waiter, part in zip(batch, parts, strict=True):
             if waiter.result.done() or isinstance(part, ServingGraphError):
-                self._gone(waiter)
-                if not waiter.result.done():  # else its caller has gone
+                there = not waiter.result.done()  # else its caller has gone
+                self._gone(waiter, part if there else None)
+                if there:
                     waiter.result.set_exception(part)
                 continue
             if added:
@@ -386,10 +391,18 @@ class Batcher:
             answered.append(waiter)
         count_answers(self._statistics, answered, rows, stamps, (ended, perf_counter_ns()), self._name)
 
-    def _gone(self, waiter: Waiter) -> None:
+    def _freed(self) -> int:
+        """Note that a batch has ended now; return the moment."""
+        now = perf_counter_ns()
+        if not self._suspends or self._running == self._instances - 1:
+            self._free = now
+        return now
+
+    def _gone(self, waiter: Waiter, error: BaseException | None = None) -> None:
         """Count a request that gets an error, or whose caller has left; a piece is its request's business."""
         if waiter.whole:
-            self._statistics.failed(perf_counter_ns() - waiter.arrived)
+            code = code_of(error, late=is_late(waiter.deadline, self._loop.time()))
+            self._statistics.failed(perf_counter_ns() - waiter.arrived, code)
 
     def _row_error(self, row: int, reason: str | BaseException) -> ServingGraphError:
         if isinstance(reason, BaseException):
@@ -407,6 +420,7 @@ class Batcher:
 
     def _failed(self, batch: list[Waiter], error: BaseException) -> None:
         """Answer a batch whose run failed: run members again alone, or fail them all."""
+        self._freed()
         if self._abandoned:
             self._fail(batch, Unavailable("is shutting down"))
         elif len(batch) > 1 and self._policy.isolate:
@@ -428,6 +442,8 @@ class Batcher:
 
     def _fail(self, batch: list[Waiter], error: BaseException) -> None:
         for waiter in batch:
-            self._gone(waiter)
-            if not waiter.result.done():
-                waiter.result.set_exception(self._error(error))
+            there = not waiter.result.done()
+            failure = self._error(error)
+            self._gone(waiter, failure if there else None)
+            if there:
+                waiter.result.set_exception(failure)

@@ -15,8 +15,8 @@ from servinggraph.tracing import NODE_STAMPS, Trace
 
 __all__ = ["Departures", "SharedContext", "Stamps", "Waiter", "awaited", "count_answers", "end_work"]
 
-Stamps = tuple[int, int]
-"""When a batch began to be joined, and when its run began, by `perf_counter_ns`."""
+Stamps = tuple[int, int, int]
+"""Since when there was room for a batch, when it began to be joined, and when its run began, by `perf_counter_ns`."""
 
 
 class Waiter:
@@ -91,11 +91,11 @@ def count_answers(
         statistics: the node's counters.
         answered: those members.
         size: rows that were executed, padding included.
-        stamps: when joining and running began, by `perf_counter_ns`.
+        stamps: when there was room, and when joining and running began, by `perf_counter_ns`.
         ends: when running and splitting ended.
         node: the node's name, for traces.
     """
-    began, ran = stamps
+    free, began, ran = stamps
     ended, split = ends
     batch = statistics.batch(size)
     batch.count += 1
@@ -108,20 +108,25 @@ def count_answers(
     busy = split - began
     statistics.busy_ns += busy if len(answered) == 1 else len(answered) * busy
     statistics.last_ns = split
+    durations = statistics.durations
+    if durations is not None:
+        durations.compute.add(busy, len(answered))
     for waiter in answered:
         queued = began - waiter.arrived
         statistics.queue_ns += queued
         statistics.rows += waiter.rows
+        if durations is not None:
+            durations.waited(waiter.arrived, free, began)
         if waiter.whole:
             statistics.success += 1
         else:
             statistics.piece_ns -= queued + busy
         if waiter.context.trace is not None:
-            _trace(waiter.context.trace, node, waiter.arrived, stamps, ends)
+            _trace(waiter.context.trace, node, waiter.arrived, (began, ran), ends)
 
 
-def _trace(trace: Trace, node: str, arrived: int, stamps: Stamps, ends: tuple[int, int]) -> None:
-    moments = (arrived, arrived, *stamps, *ends, ends[1])
+def _trace(trace: Trace, node: str, arrived: int, begins: tuple[int, int], ends: tuple[int, int]) -> None:
+    moments = (arrived, arrived, *begins, *ends, ends[1])
     trace.node(node, zip(NODE_STAMPS, moments, strict=True))
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from servinggraph.context import Context, ParameterValue
 from servinggraph.executor.wiring import read_only
 from servinggraph.interfaces import CachePolicy, Operation
-from servinggraph.statistics import NodeStatistics
+from servinggraph.statistics import NodeStatistics, code_of
 from servinggraph.tensors import DATATYPES, Array
 
 __all__ = ["ResponseCache", "cached"]
@@ -146,9 +146,9 @@ class _Shared:
             value = read_only(_settled(value))
             key = await asyncio.to_thread(_digest, value) if _is_large(value) else _digest(value)
             found = None if key is None else await self._known(key, context, began)
-        except BaseException:
+        except BaseException as error:
             if self._statistics.batched:  # the batcher, which counts, has not seen this request
-                self._statistics.failed(perf_counter_ns() - began)
+                self._statistics.failed(perf_counter_ns() - began, code_of(error))
             raise
         if found is not None:
             return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from time import perf_counter_ns
 from typing import Any, Protocol
 
 from servinggraph.batching import Batcher
@@ -76,7 +77,8 @@ class Executor:
         Raises:
             ServingGraphError: a step failed to load; names the node. All steps are unloaded again.
         """
-        loads = [asyncio.to_thread(_loaded, node, step) for node, step in self._steps]
+        loads = [asyncio.to_thread(_loaded, node, step, self.statistics.nodes[node.name]) for node, step in self._steps]
+        began = perf_counter_ns()
         try:
             results = await asyncio.gather(*loads, return_exceptions=True)
             failure = next((result for result in results if isinstance(result, BaseException)), None)
@@ -89,6 +91,7 @@ class Executor:
         except BaseException:
             await self.stop()
             raise
+        self.statistics.requests.load_ns = perf_counter_ns() - began
 
     def _build(self, policies: Mapping[str, Any]) -> None:
         """Make the callable that runs requests of what the steps' loads have given."""
@@ -103,8 +106,7 @@ class Executor:
         else:
             whole = run_plan(self.plan.nodes, operations, self.plan.answer, self.statistics.nodes)
         if self.plan.batch is not None:
-            self.statistics.whole = NodeStatistics()
-            self.batchers[""] = Batcher(whole, self.plan.batch, self.plan.name, None, self.statistics.whole)
+            self.batchers[""] = Batcher(whole, self.plan.batch, self.plan.name, None, self.statistics.of_whole_requests())
             whole = self.batchers[""].operation()
         whole = self._kept("", self.plan.cache, self.statistics.requests)(whole)
         self._run = entered(self._enter, whole.handler) if self.plan.body else whole.handler
@@ -265,10 +267,13 @@ def _at_once(operation: Operation, loop: asyncio.AbstractEventLoop) -> Handler:
     return handle
 
 
-def _loaded(node: PlanNode, step: Step[Any]) -> BatchPolicy | None:
+def _loaded(node: PlanNode, step: Step[Any], statistics: NodeStatistics) -> BatchPolicy | None:
     """Load a step; whatever it raises becomes an error that names it and that a future can hold."""
+    began = perf_counter_ns()
     try:
-        return step.load(node.batch)
+        policy = step.load(node.batch)
+        statistics.load_ns = perf_counter_ns() - began
+        return policy
     except ServingGraphError as error:
         raise error.at(node.name) from error.__cause__
     except BaseException as error:

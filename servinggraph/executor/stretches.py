@@ -16,7 +16,7 @@ from servinggraph.errors import DeadlineExceeded, ServingGraphError, StepFailed
 from servinggraph.executor.wiring import SLOW_STEP_NS, SlowSteps, as_failure, read_only, unshared
 from servinggraph.interfaces import Operation
 from servinggraph.plan import INPUTS, PlanNode
-from servinggraph.statistics import NodeStatistics
+from servinggraph.statistics import NodeStatistics, code_of, is_late
 from servinggraph.tracing import trace_alone
 
 __all__ = ["Branching", "RunState", "named", "run_plan", "stretches_of", "takers_of"]
@@ -53,9 +53,14 @@ def named(steps: Sequence[tuple[str, Operation]], statistics: Mapping[str, NodeS
 Counted = Sequence[tuple[str, Operation, NodeStatistics]]
 
 
+def _measure(counters: NodeStatistics) -> Callable[[int], None] | None:
+    """Return what counts a duration by size, None where metrics are off."""
+    return None if counters.durations is None else counters.durations.compute.add
+
+
 def _plain(steps: Counted, clock: Callable[[], float]) -> Runner:
     """Return a plain callable that runs operations of which none suspends."""
-    calls = [(name, operation.call, counters) for name, operation, counters in steps]
+    calls = [(name, operation.call, counters, _measure(counters)) for name, operation, counters in steps]
     report_slow = SlowSteps().report
 
     def run(value: Any, context: Context) -> Any:
@@ -64,7 +69,7 @@ def _plain(steps: Counted, clock: Callable[[], float]) -> Runner:
         trace = context.trace
         began = perf_counter_ns()
         try:
-            for name, call, counters in calls:
+            for name, call, counters, measure in calls:
                 if deadline is not None and clock() >= deadline:
                     raise DeadlineExceeded("Request timeout expired before it ran")
                 value = call(value, context)
@@ -73,13 +78,15 @@ def _plain(steps: Counted, clock: Callable[[], float]) -> Runner:
                 counters.success += 1
                 counters.busy_ns += took
                 counters.last_ns = now
+                if measure is not None:
+                    measure(took)
                 if trace is not None:
                     trace_alone(trace, name, began, now)
                 if took > SLOW_STEP_NS:
                     report_slow(name, took)
                 began = now
         except BaseException as error:
-            counters.failed(perf_counter_ns() - began)
+            counters.failed(perf_counter_ns() - began, code_of(error))
             if isinstance(error, ServingGraphError):
                 error.at(name)
                 raise
@@ -94,7 +101,7 @@ def _plain(steps: Counted, clock: Callable[[], float]) -> Runner:
 
 def _awaiting(steps: Counted, clock: Callable[[], float]) -> Runner:
     """Return an async callable that runs operations of which some suspend."""
-    calls = [(name, operation.call, operation.suspends, counters) for name, operation, counters in steps]
+    calls = [(name, operation.call, operation.suspends, counters, _measure(counters)) for name, operation, counters in steps]
     report_slow = SlowSteps().report
 
     async def run(value: Any, context: Context) -> Any:
@@ -103,7 +110,7 @@ def _awaiting(steps: Counted, clock: Callable[[], float]) -> Runner:
         trace = context.trace
         began = 0
         try:
-            for name, call, suspends, counters in calls:
+            for name, call, suspends, counters, measure in calls:
                 if deadline is not None and clock() >= deadline:
                     began = 0
                     raise DeadlineExceeded("Request timeout expired before it ran")
@@ -119,13 +126,16 @@ def _awaiting(steps: Counted, clock: Callable[[], float]) -> Runner:
                 counters.success += 1
                 counters.busy_ns += took
                 counters.last_ns = now
+                if measure is not None:
+                    measure(took)
                 if trace is not None:
                     trace_alone(trace, name, began, now)
                 if took > SLOW_STEP_NS and not suspends:
                     report_slow(name, took)
         except BaseException as error:
             if not counters.batched:
-                counters.failed(perf_counter_ns() - began if began else 0)
+                code = code_of(error, late=is_late(deadline, clock()))
+                counters.failed(perf_counter_ns() - began if began else 0, code)
             failure = _failure_of(error, name)
             if failure is error:
                 raise

@@ -14,7 +14,10 @@ from servinggraph.executor import Executor
 from servinggraph.interfaces import Handler
 from servinggraph.lifecycle.answers import answer_body, answer_tensors
 from servinggraph.lifecycle.control import Control, RouterSeat
+from servinggraph.lifecycle.memory import resident_bytes
+from servinggraph.lifecycle.metrics import Ledger
 from servinggraph.lifecycle.sequencer import Sequencer
+from servinggraph.measures import TrafficByProtocol
 from servinggraph.plan import Plan
 from servinggraph.tensors import TensorSpec
 
@@ -48,6 +51,8 @@ class ServedGraph:
             while the request came in.
         closed: True from when its executor is stopped; until then a removed graph still takes
             requests that were read for it.
+        traffic: where front ends count its requests; None where metrics are off.
+        size_bytes: memory that it takes, an estimate; 0 where nothing can be said.
     """
 
     plan: Plan
@@ -63,6 +68,8 @@ class ServedGraph:
     stream: Callable[[Any, Context], AsyncGenerator[Any, None]] = field(init=False, repr=False)
     door: Callable[[ServedGraph, Context], Awaitable[ServedGraph]] | None = None
     closed: bool = False
+    traffic: TrafficByProtocol | None = field(default=None, repr=False)
+    size_bytes: int = 0
     _idle: asyncio.Event | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -115,8 +122,9 @@ class Catalog:
         conditions: what has to hold besides for the server to be ready, said by front ends.
     """
 
-    def __init__(self, control: Control | None = None) -> None:
+    def __init__(self, control: Control | None = None, ledger: Ledger | None = None) -> None:
         self._control = control or Control()
+        self._ledger = ledger
         self._graphs: dict[str, dict[str, ServedGraph]] = {}
         self._listeners: list[Callable[[], None]] = []
         self._draining = False
@@ -128,7 +136,11 @@ class Catalog:
     def made(self, plan: Plan) -> ServedGraph:
         """Return a graph that is not started yet."""
         seats = self._control.seats_of(plan)
-        return ServedGraph(plan, Executor(plan, seats), {seat.router.name: seat for seat in seats})
+        graph = ServedGraph(plan, Executor(plan, seats), {seat.router.name: seat for seat in seats})
+        if self._ledger is not None:
+            graph.executor.statistics.measure()
+            graph.traffic = self._ledger.traffic(plan.name, plan.version)
+        return graph
 
     @property
     def draining(self) -> bool:
@@ -154,7 +166,10 @@ class Catalog:
                     self._remove(added)
                 raise Unavailable(f"graph '{graph.plan.name}' version {graph.plan.version} is there twice")
             versions[graph.plan.version] = graph
+        before = resident_bytes()
         results = await asyncio.gather(*(graph.executor.start() for graph in graphs), return_exceptions=True)
+        if len(graphs) == 1:  # of several side by side nobody can tell which one took what
+            graphs[0].size_bytes = max(0, resident_bytes() - before)
         failures = [result for result in results if isinstance(result, BaseException)]
         for graph, result in zip(graphs, results, strict=True):
             graph.ready = result is None
@@ -183,9 +198,13 @@ class Catalog:
             versions = self._graphs.get(graph.plan.name, {})
             if versions.get(graph.plan.version) is graph:
                 self._remove(graph)
+                if self._ledger is not None:
+                    self._ledger.replaced(graph)
         for graph in add:
             graph.ready = True
             self._graphs.setdefault(graph.plan.name, {})[graph.plan.version] = graph
+            if self._ledger is not None:
+                self._ledger.taken_up(graph)
         self._changed()
 
     async def _successor(self, graph: ServedGraph, context: Context) -> ServedGraph:

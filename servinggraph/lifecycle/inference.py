@@ -6,6 +6,7 @@ it encodes. Everything between is here, so that all front ends behave alike.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from time import perf_counter_ns
@@ -14,7 +15,7 @@ from servinggraph.context import Context
 from servinggraph.errors import ServingGraphError, StepFailed
 from servinggraph.lifecycle.catalog import ServedGraph
 from servinggraph.messages import InferenceRequest, InferenceResponse
-from servinggraph.statistics import StreamProgress
+from servinggraph.statistics import StreamProgress, code_of
 
 __all__ = ["infer", "stream"]
 
@@ -53,8 +54,9 @@ async def infer(graph: ServedGraph, request: InferenceRequest, context: Context)
     finally:
         graph.leave()
         ended = perf_counter_ns()
+        context.run_began, context.run_ended = began, ended
         if outputs is None:
-            graph.executor.statistics.requests.failed(ended - began)
+            graph.executor.statistics.requests.failed(ended - began, code_of(sys.exception()))
         else:
             graph.executor.statistics.succeeded(ended, ended - began, request.inputs)
         if context.trace is not None:
@@ -86,6 +88,7 @@ async def stream(graph: ServedGraph, request: InferenceRequest, context: Context
         graph = await graph.door(graph, context)
         plan = graph.plan
     progress = StreamProgress(graph.executor.statistics)
+    context.run_began = perf_counter_ns()
     if context.trace is not None:
         context.trace.begin(request.inputs)
     try:
@@ -107,6 +110,7 @@ async def stream(graph: ServedGraph, request: InferenceRequest, context: Context
         raise StepFailed(f"{type(error).__name__}: {error}").at(plan.answer) from error
     finally:
         graph.leave()
+        context.run_ended = perf_counter_ns()
         progress.leave()
         if context.trace is not None:
             context.trace.end(None)

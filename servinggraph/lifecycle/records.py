@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from servinggraph.lifecycle.catalog import ServedGraph
 from servinggraph.plan import Plan
 from servinggraph.scopes import ModuleScope
 
-__all__ = ["Built", "IndexEntry", "Record", "TemporaryFolder", "resident_bytes"]
+__all__ = ["Built", "IndexEntry", "Record", "TemporaryFolder"]
 
 VersionState = Literal["READY", "LOADING", "UNLOADING", "UNAVAILABLE"]
 
@@ -109,12 +108,3 @@ class Record:
     def entry(self) -> IndexEntry:
         """The line of the index."""
         return IndexEntry(self.name, self.version, self.state, self.reason)
-
-
-def resident_bytes() -> int:
-    """Return the memory that this process has in use, 0 where the system does not say (only Linux does)."""
-    try:
-        pages = int(Path("/proc/self/statm").read_bytes().split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -17,7 +17,8 @@ from servinggraph.context import Context
 from servinggraph.errors import DeadlineExceeded, LoadFailed, ServingGraphError, StepFailed, Unavailable
 from servinggraph.lifecycle.budget import Budget
 from servinggraph.lifecycle.catalog import Catalog, ServedGraph, takes_the_same
-from servinggraph.lifecycle.records import Built, Record, resident_bytes
+from servinggraph.lifecycle.memory import resident_bytes
+from servinggraph.lifecycle.records import Built, Record
 from servinggraph.scopes import ModuleScope
 
 __all__ = ["Residence"]
@@ -157,7 +158,8 @@ class Residence:
             raise
         if self.budget.limits:
             graph.door = partial(self._enter, record)
-        return Built(graph, scope, max(record.file_bytes, resident_bytes() - before))
+        graph.size_bytes = max(record.file_bytes, resident_bytes() - before)
+        return Built(graph, scope, graph.size_bytes)
 
     def _within(self, record: Record, built: Built) -> Built:
         limit = self.budget.max_bytes

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from servinggraph.errors import ServingGraphError
 from servinggraph.interfaces import FrontEndOptions, Receipt
 from servinggraph.lifecycle.admission import Admission
 from servinggraph.lifecycle.audit import AuditLog
@@ -15,10 +16,12 @@ from servinggraph.lifecycle.control import Control
 from servinggraph.lifecycle.failures import FailureLog
 from servinggraph.lifecycle.feedback import give_feedback, read_feedback
 from servinggraph.lifecycle.logs import LogSettings
+from servinggraph.lifecycle.metrics import Ledger, read_metrics
 from servinggraph.lifecycle.repository import Repository, RepositorySettings
 from servinggraph.lifecycle.shared_memory import SharedMemory
 from servinggraph.lifecycle.traces import TraceSink
 from servinggraph.lifecycle.tracing import Tracing
+from servinggraph.metrics import Readings
 
 __all__ = ["Serving"]
 
@@ -29,6 +32,7 @@ class Serving:
     Attributes:
         options: limits and names.
         control: the graphs' routers, to be read and changed.
+        ledger: what is counted for metrics; None where they are off.
         catalog: the graphs.
         admission: slots for requests in flight.
         failures: where failures of graphs are logged.
@@ -45,7 +49,8 @@ class Serving:
     def __init__(self, options: FrontEndOptions | None = None, repository: RepositorySettings | None = None) -> None:
         self.options = options or FrontEndOptions()
         self.control = Control(AuditLog(Path(self.options.audit_log) if self.options.audit_log else None))
-        self.catalog = Catalog(self.control)
+        self.ledger = Ledger() if self.options.metrics == "on" else None
+        self.catalog = Catalog(self.control, self.ledger)
         self.admission = Admission(self.options.max_in_flight)
         self.memory = SharedMemory(allowed=self.options.allow_client_shm, limit=self.options.max_shm_regions)
         self.failures = FailureLog(asyncio.get_running_loop().time)
@@ -72,6 +77,15 @@ class Serving:
         record = read_feedback(document)
         found = self.catalog.get(graph, version)
         return give_feedback(found.seats, record, found.plan.name)
+
+    def metrics(self) -> Readings:
+        """Return all metrics as they are now; none where they are off."""
+        return Readings() if self.ledger is None else read_metrics(self, self.ledger)
+
+    def refused(self, protocol: str, error: ServingGraphError) -> None:
+        """Count a request that was refused before its graph was known, or because that graph is not served."""
+        if self.ledger is not None:
+            self.ledger.unknown[protocol].failed(error.code.value)
 
     async def close(self) -> None:
         """Write what is still to be written, and undo what settings changed in the process; the graphs have stopped."""

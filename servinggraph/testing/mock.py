@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, aclosing
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, aclosing, contextmanager
+from time import perf_counter_ns
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from servinggraph.protocols.http.server import make_asgi
 from servinggraph.protocols.v2.checks import check_takes_tensors
 from servinggraph.protocols.v2.client import decode_response, encode_request
 from servinggraph.protocols.v2.json_data import decode_data
+from servinggraph.statistics import code_of
 from servinggraph.tensors import Array, TensorSpec
 from servinggraph.testing.fakes import constant
 from servinggraph.testing.given import free_form, unnested
@@ -205,12 +207,8 @@ class AsyncMock:
             ServingGraphError: what a client would get as an error; `__cause__` is the step's own.
         """
         body, raw = self._request({**(inputs or {}), **tensors}, id, parameters, headers, outputs, timeout_s)
-        context = Context()
-        self._admission.enter()
-        try:
+        with self._counted() as context:
             encoded = await self._asgi.answer(self._graph, body, dict(raw), raw, context)
-        finally:
-            context.when_idle(self._admission.leave)
         return decode_response(encoded.body, encoded.header_length)
 
     async def stream(
@@ -233,14 +231,31 @@ class AsyncMock:
             ServingGraphError: what a client would get as an error, after the answers before it.
         """
         body, raw = self._request({**(inputs or {}), **tensors}, id, parameters, headers, outputs, timeout_s)
-        context = Context()
-        self._admission.enter()
-        try:
+        with self._counted() as context:
             async with aclosing(self._streams.answers(self._graph, body, dict(raw), raw, context)) as answers:
                 async for encoded in answers:
                     yield decode_response(encoded.body, encoded.header_length)
+
+    @contextmanager
+    def _counted(self) -> Iterator[Context]:
+        """Surround one request: it takes a slot, and counts under the protocol `mock`."""
+        traffic = self._graph.traffic
+        context = Context()
+        entered = False
+        try:
+            self._admission.enter()
+            entered = True
+            context.arrived = perf_counter_ns()
+            yield context
+            if traffic is not None:
+                traffic["mock"].succeeded(context)
+        except BaseException as error:
+            if traffic is not None:
+                traffic["mock"].failed(code_of(error))
+            raise
         finally:
-            context.when_idle(self._admission.leave)
+            if entered:
+                context.when_idle(self._admission.leave)
 
     def _request(
         self,
@@ -287,12 +302,8 @@ class AsyncMock:
             ServingGraphError: what a client would get as an error; `__cause__` is the step's own.
         """
         data, raw = free_form(body, content_type, accept, headers, timeout_s)
-        context = Context()
-        self._admission.enter()
-        try:
+        with self._counted() as context:
             answer = await self._invocations.answer(self._graph, data, dict(raw), raw, context)
-        finally:
-            context.when_idle(self._admission.leave)
         return decode_body(answer.body, media_of(dict(answer.fields)[b"content-type"].decode()))
 
     async def invoke_stream(
@@ -310,14 +321,10 @@ class AsyncMock:
             ServingGraphError: what a client would get as an error, after the items before it.
         """
         data, raw = free_form(body, content_type, "", headers, timeout_s)
-        context = Context()
-        self._admission.enter()
-        try:
+        with self._counted() as context:
             async with aclosing(self._lines.events(self._graph, data, dict(raw), raw, context)) as lines:
                 async for line in lines:
                     yield decode_json(line)
-        finally:
-            context.when_idle(self._admission.leave)
 
     async def request(self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> HttpReply:
         """Send an HTTP request as bytes to the application that `serve` runs, without a socket."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from time import perf_counter_ns
 from typing import Any
 
 from servinggraph.context import Context
 from servinggraph.errors import ServingGraphError, Unavailable, Unsupported
 from servinggraph.lifecycle import infer
 from servinggraph.protocols.grpc.feedback import answer_feedback, is_feedback
-from servinggraph.protocols.grpc.requests import Requests, failure_of
+from servinggraph.protocols.grpc.requests import Found, Requests, failure_of
 from servinggraph.protocols.grpc.routing import Call, abort
 
 __all__ = ["ModelInfer"]
@@ -41,13 +42,17 @@ class ModelInfer:
         try:
             self._admission.enter()
         except ServingGraphError as error:
+            requests.serving.refused("grpc", error)
             return await abort(call, error)
         self._tasks.add(task)
+        context.arrived = perf_counter_ns()
+        found: Found | None = None
         try:
             message, raw = requests.split(data)
             if is_feedback(message):
                 return answer_feedback(message, raw, requests.serving)
-            request = requests.decode(message, raw, call, context)
+            found = requests.find(message)
+            request = requests.decode(found, message, raw, call, context)
             if request.graph.tracer is not None:
                 request.graph.tracer.pick(request.graph, context, "GRPC_WAITREAD_END")
             if request.decoupled:
@@ -56,11 +61,14 @@ class ModelInfer:
                     "number of answers; use ModelStreamInfer"
                 )
             response = await infer(request.graph, request.request, context)
-            return requests.encode(response, request)
+            encoded = requests.encode(response, request)
+            requests.succeeded(request, context)
+            return encoded
         except (Exception, asyncio.CancelledError) as error:
             failure = failure_of(error, task)
             if failure is None:
                 if not requests.closing:
+                    requests.cancelled(found)
                     raise
                 failure = Unavailable("the server is shutting down")
         finally:
@@ -68,7 +76,7 @@ class ModelInfer:
             context.when_idle(self._admission.leave)
             if context.trace is not None:  # the bytes go out after this, where nothing can be seen
                 context.trace.finish(context.id, "GRPC_SEND_START")
-        requests.report(failure, context)
+        requests.report(failure, context, found)
         return await abort(call, failure)
 
     def cancel(self) -> None:

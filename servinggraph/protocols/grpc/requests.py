@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from servinggraph.context import Context, Headers
-from servinggraph.errors import RequestTooLarge, ServingGraphError, StepFailed
+from servinggraph.errors import ErrorCode, RequestTooLarge, ServingGraphError, StepFailed
 from servinggraph.lifecycle import ServedGraph, Serving
 from servinggraph.messages import InferenceRequest, InferenceResponse
 from servinggraph.protocols.grpc.routing import Call, version_of
@@ -18,7 +18,11 @@ from servinggraph.protocols.v2 import RequestLimits
 from servinggraph.protocols.v2.checks import check_takes_tensors
 from servinggraph.protocols.v2.parameters import priority_of, timeout_of
 
-__all__ = ["Request", "Requests", "failure_of"]
+__all__ = ["Found", "Request", "Requests", "failure_of"]
+
+
+Found = tuple[ServedGraph, bool]
+"""A graph, and whether it gives any number of answers."""
 
 
 class Metadata(Headers):
@@ -45,6 +49,11 @@ class Request(NamedTuple):
     request: InferenceRequest
     """The decoded request."""
 
+    @property
+    def found(self) -> Found:
+        """What `Requests.find` gave."""
+        return self.graph, self.decoupled
+
 
 class Requests:
     """Decodes requests and fills their contexts.
@@ -59,7 +68,7 @@ class Requests:
         self.closing = False
         self._limits = RequestLimits(serving.options.max_tensors)
         self._max_bytes = serving.options.max_body_bytes
-        self._graphs: dict[tuple[str, str], tuple[ServedGraph, bool]] = {}
+        self._graphs: dict[tuple[str, str], Found] = {}
         serving.catalog.on_change(self._refresh)
 
     def split(self, data: bytes) -> tuple[pb.ModelInferRequest, list[Data]]:
@@ -73,17 +82,25 @@ class Requests:
             raise RequestTooLarge(f"request size exceeds the maximum allowed: {self._max_bytes} bytes (limit 'max_body_bytes')")
         return split_request(data)
 
-    def decode(self, message: pb.ModelInferRequest, raw: list[Data], call: Call, context: Context) -> Request:
-        """Find the graph, decode the request, fill its context.
+    def find(self, message: pb.ModelInferRequest) -> Found:
+        """Return the graph that a request is for, and whether it is decoupled.
 
         Raises:
-            ServingGraphError: whatever is wrong with the request.
+            ServingGraphError: there is none, or it takes no tensors.
         """
         found = self._graphs.get((message.model_name, message.model_version))
         if found is None:
             graph = self.serving.catalog.get(message.model_name, version_of(message.model_version))
             check_takes_tensors(graph.plan)
             found = graph, graph.plan.decoupled
+        return found
+
+    def decode(self, found: Found, message: pb.ModelInferRequest, raw: list[Data], call: Call, context: Context) -> Request:
+        """Decode the request, fill its context.
+
+        Raises:
+            ServingGraphError: whatever is wrong with the request.
+        """
         graph, decoupled = found
         plan = graph.plan
         context.id = message.id
@@ -119,18 +136,34 @@ class Requests:
                 raise
             raise StepFailed(f"{type(error).__name__}: {error}").at(request.graph.plan.answer) from error
 
-    def report(self, error: ServingGraphError, context: Context) -> None:
-        """Log failures that are ours or the graph's; a caller's mistakes are told to the caller only."""
+    def succeeded(self, request: Request, context: Context) -> None:
+        """Count a request whose answer can be sent."""
+        if request.graph.traffic is not None:
+            request.graph.traffic["grpc"].succeeded(context)
+
+    def cancelled(self, found: Found | None) -> None:
+        """Count a request whose caller left."""
+        if found is not None and found[0].traffic is not None:
+            found[0].traffic["grpc"].failed(ErrorCode.CANCELLED.value)
+
+    def report(self, error: ServingGraphError, context: Context, found: Found | None) -> None:
+        """Count a failure, and log those that are ours or the graph's; a caller's mistakes are told to the caller only."""
+        if found is None:
+            self.serving.refused("grpc", error)
+        elif found[0].traffic is not None:
+            found[0].traffic["grpc"].failed(error.code.value)
         if isinstance(error, StepFailed):
             self.serving.failures.report(context.graph, context.id, error)
 
     def _refresh(self) -> None:
         """Make the table of names and versions anew after a change of what is served."""
-        table: dict[tuple[str, str], tuple[ServedGraph, bool]] = {}
+        table: dict[tuple[str, str], Found] = {}
         catalog = self.serving.catalog
         for graph in catalog.graphs():
             if graph.ready and not graph.plan.body:
                 name = graph.plan.name
+                if graph.traffic is not None:
+                    graph.traffic["grpc"]  # shown from now on, not only from the first request
                 for version in catalog.versions_of(graph):
                     table[name, version] = graph, graph.plan.decoupled
                 newest = catalog.get(name)

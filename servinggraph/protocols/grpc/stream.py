@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections.abc import Coroutine
 from contextlib import aclosing
+from time import perf_counter_ns
 from typing import Any, Final
 
 import grpc
@@ -20,7 +21,7 @@ from servinggraph.context import Context
 from servinggraph.errors import ServingGraphError, Unavailable
 from servinggraph.lifecycle import infer, stream as answers_of
 from servinggraph.protocols.grpc.feedback import answer_feedback, is_feedback
-from servinggraph.protocols.grpc.requests import Request, Requests, failure_of
+from servinggraph.protocols.grpc.requests import Found, Request, Requests, failure_of
 from servinggraph.protocols.grpc.routing import Call, abort
 from servinggraph.protocols.grpc.status import text_of
 from servinggraph.protocols.protobuf.codec import EMPTY_FINAL, empty_answer, error_item, stream_item
@@ -170,7 +171,9 @@ class _Stream:
     def _start(self, data: bytes) -> Coroutine[Any, Any, None]:
         """Decode a request, and return what answers it."""
         context = Context()
+        context.arrived = perf_counter_ns()
         message = pb.ModelInferRequest()
+        found: Found | None = None
         request: Request | None = None
         told: bytes | None = None
         failure: ServingGraphError | None = None
@@ -179,7 +182,8 @@ class _Stream:
             if is_feedback(message):
                 told = answer_feedback(message, raw, self._requests.serving)
             else:
-                request = self._requests.decode(message, raw, self._call, context)
+                found = self._requests.find(message)
+                request = self._requests.decode(found, message, raw, self._call, context)
         except Exception as error:
             request, failure = None, failure_of(error, self.task)
         if request is not None and request.decoupled:
@@ -189,14 +193,20 @@ class _Stream:
             return self._in_turn(stream_item(told, final=True), before, self._before)
         if request is None:
             assert failure is not None  # nobody cancels a task that runs
-            return self._refuse(failure, message, context, before, self._before)
+            return self._refuse(failure, message, context, found, before, self._before)
         return self._answer_one(request, message, context, before, self._before)
 
     async def _refuse(
-        self, failure: ServingGraphError, message: pb.ModelInferRequest, context: Context, before: Turn | None, turn: Turn
+        self,
+        failure: ServingGraphError,
+        message: pb.ModelInferRequest,
+        context: Context,
+        found: Found | None,
+        before: Turn | None,
+        turn: Turn,
     ) -> None:
         """Answer a request that no graph has seen; that never ends the stream, as in Triton."""
-        self._requests.report(failure, context)
+        self._requests.report(failure, context, found)
         await self._in_turn(error_item(text_of(failure), message), before, turn)
 
     async def _answer_one(
@@ -206,15 +216,16 @@ class _Stream:
         try:
             self._admission.enter()
         except ServingGraphError as error:
-            await self._refuse(error, message, context, before, turn)
+            await self._refuse(error, message, context, request.found, before, turn)
             return
         if request.graph.tracer is not None:
             request.graph.tracer.pick(request.graph, context, "GRPC_WAITREAD_END")
         try:
             response = await infer(request.graph, request.request, context)
             item = stream_item(self._requests.encode(response, request), final=True)
+            self._requests.succeeded(request, context)
         except (Exception, asyncio.CancelledError) as error:
-            item = self._failed(error, message, context)
+            item = self._failed(error, message, context, request.found)
         finally:
             context.when_idle(self._admission.leave)
             if context.trace is not None:
@@ -235,6 +246,7 @@ class _Stream:
         try:
             self._admission.enter()
         except ServingGraphError as error:
+            self._requests.report(error, context, request.found)
             await self._write(error_item(text_of(error), message))
             return
         if request.graph.tracer is not None:
@@ -247,10 +259,12 @@ class _Stream:
                 item = stream_item(
                     empty_answer(request.request, request.graph.plan.name, request.graph.plan.version), final=True
                 )
+            self._requests.succeeded(request, context)
         except _Gone:
+            self._requests.cancelled(request.found)
             raise
         except (Exception, asyncio.CancelledError) as error:
-            item = self._failed(error, message, context)
+            item = self._failed(error, message, context, request.found)
         finally:
             context.when_idle(self._admission.leave)
             if context.trace is not None:
@@ -258,7 +272,7 @@ class _Stream:
         if item is not None:
             await self._write(item)
 
-    def _failed(self, error: BaseException, message: pb.ModelInferRequest, context: Context) -> Item:
+    def _failed(self, error: BaseException, message: pb.ModelInferRequest, context: Context, found: Found) -> Item:
         """Return what a request that failed is answered with; the stream's end, where its caller asked for that.
 
         Raises:
@@ -268,8 +282,9 @@ class _Stream:
         assert task is not None
         failure = failure_of(error, task)
         if failure is None:
+            self._requests.cancelled(found)
             raise error
-        self._requests.report(failure, context)
+        self._requests.report(failure, context, found)
         if self._errors_end_it:
             self._at_once = True
             self._interrupt(failure)

@@ -20,6 +20,7 @@ from servinggraph.protocols.http.endpoints import (
     generate,
     health,
     invocations,
+    metrics,
     repository,
     settings,
     shared_memory,
@@ -28,7 +29,7 @@ from servinggraph.protocols.http.endpoints import (
 from servinggraph.protocols.http.endpoints.routing import json_response
 from servinggraph.protocols.http.status import error_response
 
-__all__ = ["make_app"]
+__all__ = ["make_app", "make_metrics_app"]
 
 # Statistics before health: `/v2/models/stats` is not the metadata of a graph called stats.
 _PARTS = (
@@ -42,6 +43,7 @@ _PARTS = (
     shared_memory,
     feedback,
     admin,
+    metrics,
 )
 
 
@@ -55,6 +57,14 @@ def make_app(serving: Serving) -> Starlette:
     }
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False  # `/v2/models/x/` is no route, as in Triton
+    return app
+
+
+def make_metrics_app(serving: Serving) -> Starlette:
+    """Return the application of a port for metrics alone."""
+    handlers: dict[Any, Callable[..., Response]] = {HTTPException: _on_http_error}
+    app = Starlette(routes=[metrics.metrics_route(serving)], exception_handlers=handlers)
+    app.router.redirect_slashes = False
     return app
 
 

@@ -10,11 +10,12 @@ import asyncio
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from time import perf_counter_ns
 from typing import Any, Final
 
 from servinggraph.concurrency import run_until
 from servinggraph.context import Context
-from servinggraph.errors import DeadlineExceeded, ServingGraphError, StepFailed
+from servinggraph.errors import DeadlineExceeded, ErrorCode, ServingGraphError, StepFailed
 from servinggraph.lifecycle import ServedGraph, Serving
 from servinggraph.messages import InferenceResponse
 from servinggraph.protocols.http.exchange import (
@@ -26,6 +27,7 @@ from servinggraph.protocols.http.exchange import (
     Scope,
     Send,
     addressed,
+    as_failure,
     send_whole,
 )
 from servinggraph.protocols.http.status import error_response
@@ -152,7 +154,7 @@ class EventExchange(Exchange[Any]):
         raise NotImplementedError
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        graph = self.find(scope)
+        graph = self.found(scope)
         headers = dict(scope["headers"])
         task = asyncio.current_task(self._loop)
         assert task is not None  # an ASGI server calls from a task
@@ -160,6 +162,7 @@ class EventExchange(Exchange[Any]):
         try:
             self._admission.enter()
         except ServingGraphError as error:
+            self.count_failure(graph, error.code)
             await send_whole(send, *error_response(error))
             return
         _trace(graph, context)
@@ -167,27 +170,30 @@ class EventExchange(Exchange[Any]):
         failure: ServingGraphError | None = None
         try:
             body = await self.read_body(receive, headers)
+            context.arrived = perf_counter_ns()
             if not graph.ready:
                 graph = self.found_again(scope, graph)
             self._departures.expect(task, receive)
             async with aclosing(self.events(graph, body, headers, scope["headers"], context)) as framed:
                 async for data in framed:
                     await events.send(data, context)
+            if graph.traffic is not None:
+                graph.traffic["http"].succeeded(context)
         except ClientGone:
+            self.count_failure(graph, ErrorCode.CANCELLED)
             return
         except _Stalled:
+            self.count_failure(graph, ErrorCode.CANCELLED)
             events.cut_off()
             return
-        except ServingGraphError as error:
-            failure = error
         except asyncio.CancelledError as error:
             if self._departures.gone(task):
+                self.count_failure(graph, ErrorCode.CANCELLED)
                 return  # nobody is there to answer
             failure = self.cancelled(task, error)
             events.stall_s = 0  # the server ends: the client is told if it has room for it, and nobody waits
-        except Exception as error:  # a defect of ours: the caller is answered all the same
-            failure = StepFailed(f"{type(error).__name__}: {error}")
-            failure.__cause__ = error
+        except Exception as error:
+            failure = as_failure(error)
         finally:
             self.leave(task, context)
         if failure is not None:

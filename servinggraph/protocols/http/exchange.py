@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, MutableMapping
+from time import perf_counter_ns
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from servinggraph.context import Context
-from servinggraph.errors import Cancelled, RequestTooLarge, ServingGraphError, StepFailed, Unavailable
+from servinggraph.errors import Cancelled, ErrorCode, RequestTooLarge, ServingGraphError, StepFailed, Unavailable
 from servinggraph.lifecycle import ServedGraph, Serving
 from servinggraph.protocols.http.departures import Departures
 from servinggraph.protocols.http.status import error_response
@@ -30,6 +31,7 @@ __all__ = [
     "Scope",
     "Send",
     "addressed",
+    "as_failure",
     "send_whole",
 ]
 
@@ -72,6 +74,7 @@ class Exchange(ABC, Generic[AnswerT]):
     """
 
     def __init__(self, serving: Serving, others: ASGIApp) -> None:
+        self._serving = serving
         self._catalog = serving.catalog
         self._admission = serving.admission
         self._max_body_bytes = serving.options.max_body_bytes
@@ -114,8 +117,16 @@ class Exchange(ABC, Generic[AnswerT]):
     def fields(self, answer: AnswerT) -> list[tuple[bytes, bytes]]:
         """Return the headers of an answer, without those that its length and coding need."""
 
+    def found(self, scope: Scope) -> Any:
+        """Return what `find` finds, and count a request for which it finds nothing that is served."""
+        try:
+            return self.find(scope)
+        except ServingGraphError as error:
+            self._serving.refused("http", error)
+            raise
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        graph = self.find(scope)
+        graph = self.found(scope)
         if graph is None:
             await self._others(scope, receive, send)
             return
@@ -127,12 +138,14 @@ class Exchange(ABC, Generic[AnswerT]):
         try:
             self._admission.enter()
         except ServingGraphError as error:
+            self.count_failure(graph, error.code)
             await send_whole(send, *error_response(error))
             return
         if graph.tracer is not None:
             graph.tracer.pick(graph, context, "HTTP_RECV_START")
         try:
             body = await self.read_body(receive, headers)
+            context.arrived = perf_counter_ns()
             if context.trace is not None:
                 context.trace.stamp("HTTP_RECV_END")
             if not graph.ready:
@@ -144,24 +157,24 @@ class Exchange(ABC, Generic[AnswerT]):
             if b"accept-encoding" in headers:
                 content = await self.packed(content, headers[b"accept-encoding"], response)
             status = 200
+            if graph.traffic is not None:
+                graph.traffic["http"].succeeded(context)
         except ClientGone:
+            self.count_failure(graph, ErrorCode.CANCELLED)
             return
-        except ServingGraphError as error:
-            self.report(error, graph, context)
-            status, response, content = error_response(error)
-            if error.__class__ is RequestTooLarge:
-                response.append(_CLOSE)  # what is left of the body is not worth reading
         except asyncio.CancelledError as error:
             if self._departures.gone(task):
+                self.count_failure(graph, ErrorCode.CANCELLED)
                 return  # nobody is there to answer
             failure = self.cancelled(task, error)
             self.report(failure, graph, context)
             status, response, content = error_response(failure)
-        except Exception as error:  # a defect of ours: the caller is answered all the same
-            failure = StepFailed(f"{type(error).__name__}: {error}")
-            failure.__cause__ = error
+        except Exception as error:
+            failure = as_failure(error)
             self.report(failure, graph, context)
             status, response, content = error_response(failure)
+            if failure.__class__ is RequestTooLarge:
+                response.append(_CLOSE)  # what is left of the body is not worth reading
         finally:
             self.leave(task, context)
         reply = scope.get("extensions", _NO_EXTENSIONS).get(REPLY)
@@ -169,8 +182,14 @@ class Exchange(ABC, Generic[AnswerT]):
         if reply is None or response[-1] is _CLOSE or not reply(_head(status, response, len(content)), content):
             await send_whole(send, status, response, content)
 
+    def count_failure(self, graph: ServedGraph, code: ErrorCode) -> None:
+        """Count a request that gets no answer."""
+        if graph.traffic is not None:
+            graph.traffic["http"].failed(code.value)
+
     def report(self, error: ServingGraphError, graph: ServedGraph, context: Context) -> None:
-        """Log failures that are ours or the graph's; a caller's mistakes are told to the caller only."""
+        """Count a failure, and log those that are ours or the graph's; a caller's mistakes are told to the caller only."""
+        self.count_failure(graph, error.code)
         if isinstance(error, StepFailed):
             self._failures.report(graph.plan.name, context.id, error)
 
@@ -251,6 +270,15 @@ class Exchange(ABC, Generic[AnswerT]):
         if len(content) <= _BLOCKING_BYTES:
             return compress(content, coding)
         return await asyncio.to_thread(compress, content, coding)
+
+
+def as_failure(error: Exception) -> ServingGraphError:
+    """Return what a client is told of an error; for a defect of ours it is answered all the same."""
+    if isinstance(error, ServingGraphError):
+        return error
+    failure = StepFailed(f"{type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
 
 
 def _head(status: int, headers: list[tuple[bytes, bytes]], length: int) -> bytes:

@@ -36,6 +36,8 @@ class InferRoute(Exchange[EncodedResponse]):
         graph = self._routes.get(scope["path"]) if scope["type"] == "http" else None
         return None if graph is None or scope["method"] != "POST" else graph
 
+    found = find  # it refuses nothing: what is not in the table is for others
+
     async def answer(
         self,
         graph: ServedGraph,
@@ -84,6 +86,8 @@ class InferRoute(Exchange[EncodedResponse]):
         table: dict[str, ServedGraph] = {}
         for graph in self._catalog.graphs():
             if graph.ready and not graph.plan.body and not graph.plan.decoupled:
+                if graph.traffic is not None:
+                    graph.traffic["http"]  # shown from now on, not only from the first request
                 name = graph.plan.name
                 for version in self._catalog.versions_of(graph):
                     table[f"/v2/models/{name}/versions/{version}/infer"] = graph

@@ -11,12 +11,13 @@ from collections.abc import Generator
 import uvicorn
 
 from servinggraph.lifecycle import Serving
-from servinggraph.protocols.http.app import make_app
+from servinggraph.protocols.http.app import make_app, make_metrics_app
+from servinggraph.protocols.http.exchange import ASGIApp
 from servinggraph.protocols.http.infer import InferRoute
 from servinggraph.protocols.http.routes import RoutePaths
 from servinggraph.protocols.http.wire import bounded_protocol
 
-__all__ = ["HttpFrontEnd", "make_asgi"]
+__all__ = ["HttpFrontEnd", "MetricsFrontEnd", "make_asgi"]
 
 logger = logging.getLogger("servinggraph.http")
 
@@ -42,10 +43,14 @@ class HttpFrontEnd:
     def __init__(self, serving: Serving, host: str, port: int) -> None:
         self._options = serving.options
         self._address = (host, port)
-        self._asgi = make_asgi(serving)
+        self._asgi = self.application(serving)
         self._server: uvicorn.Server | None = None
         self._serving: asyncio.Task[None] | None = None
         self.port = port
+
+    def application(self, serving: Serving) -> ASGIApp:
+        """Return what answers requests."""
+        return make_asgi(serving)
 
     def bind(self) -> None:
         """Take the port, so that a port in use is found out before models are loaded.
@@ -99,6 +104,13 @@ class HttpFrontEnd:
         self._server.config.timeout_graceful_shutdown = max(0, grace_s)  # type: ignore[assignment]  # seconds, fractions work
         self._server.should_exit = True
         await self._serving
+
+
+class MetricsFrontEnd(HttpFrontEnd):
+    """Serves metrics alone, on a port that the callers of graphs need not reach."""
+
+    def application(self, serving: Serving) -> ASGIApp:
+        return make_metrics_app(serving)
 
 
 class _Server(uvicorn.Server):

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from servinggraph.errors import Unavailable, Unsupported
+from servinggraph.errors import ServingGraphError, Unavailable, Unsupported
 from servinggraph.lifecycle import Serving
 from servinggraph.protocols.http.endpoints.routing import MODEL, VERSION, json_response, route
 from servinggraph.protocols.v2 import model_metadata, server_metadata
@@ -47,11 +47,15 @@ def routes(serving: Serving) -> list[Route]:
 
     def infer(request: Request) -> Response:
         # Reached only for what is not in the inference route's table of served graphs.
-        graph = catalog.get(request.path_params["name"], request.path_params.get("version", ""))
-        check_takes_tensors(graph.plan)
-        if graph.plan.decoupled:
-            raise Unsupported("HTTP end point doesn't support models with decoupled transaction policy")
-        raise Unavailable("the graph is being loaded")
+        try:
+            graph = catalog.get(request.path_params["name"], request.path_params.get("version", ""))
+            check_takes_tensors(graph.plan)
+            if graph.plan.decoupled:
+                raise Unsupported("HTTP end point doesn't support models with decoupled transaction policy")
+            raise Unavailable("the graph is being loaded")
+        except ServingGraphError as error:
+            serving.refused("http", error)
+            raise
 
     return [
         route("/v2/health/live", live, "GET"),

@@ -150,7 +150,7 @@ class Invocations(_Door):
         self._streams: dict[str, EventExchange] = {SERVER_SENT: Events(serving), **{one.media_type: one for one in lines}}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        graph = self.find(scope)
+        graph: ServedGraph = self.found(scope)
         stream_type = streamed(_accept(scope["headers"]), decoupled=graph.plan.decoupled)
         if stream_type is None:
             await super().__call__(scope, receive, send)

@@ -1,0 +1,214 @@
+"""Reads what is counted into metrics, at one moment on the event loop, and keeps it over reloads.
+
+The hot path pays for counters only; all names, labels and sums are made here, when somebody asks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from servinggraph.measures import Traffic, TrafficByProtocol
+from servinggraph.metrics import Readings, families as of
+from servinggraph.statistics import GraphStatistics, NodeStatistics
+
+if TYPE_CHECKING:
+    from servinggraph.lifecycle.catalog import ServedGraph
+    from servinggraph.lifecycle.serving import Serving
+
+__all__ = ["Ledger", "read_metrics"]
+
+logger = logging.getLogger("servinggraph.metrics")
+
+MOST_VERSIONS: Final = 1024
+"""Versions of graphs whose counters are kept for when they come back; those loaded longest ago are forgotten."""
+
+STILL_COUNTING: Final = 2
+"""How many replaced graphs of a version may still be answering what they have begun; of older ones only sums are kept."""
+
+FILL_BOUNDS: Final = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+
+
+class _Account:
+    """What one version has counted so far, over all graphs that it has been."""
+
+    def __init__(self) -> None:
+        self.traffic = TrafficByProtocol()
+        self.replaced: deque[GraphStatistics] = deque()
+        self.sums = Readings()
+        # Decisions that graphs before the present one have counted, by router and branch, beyond what its own router says.
+        self.decided: dict[tuple[str, str], float] = {}
+
+
+class Ledger:
+    """Counters by graph and version, which a reload does not set back."""
+
+    def __init__(self) -> None:
+        self._accounts: OrderedDict[tuple[str, str], _Account] = OrderedDict()
+        self._complained: set[str] = set()
+        self.unknown = TrafficByProtocol()
+
+    def traffic(self, name: str, version: str) -> TrafficByProtocol:
+        """Return where the requests to a version are counted."""
+        return self._account((name, version)).traffic
+
+    def replaced(self, graph: ServedGraph) -> None:
+        """Take over what a graph has counted that is served no longer."""
+        key = graph.plan.name, graph.plan.version
+        account = self._account(key)
+        account.replaced.append(graph.executor.statistics)
+        while len(account.replaced) > STILL_COUNTING:
+            _read_nodes(account.sums, key, account.replaced.popleft())
+        for (router, branch), number in self._decisions(graph).items():
+            account.decided[router, branch] = account.decided.get((router, branch), 0) + number
+
+    def taken_up(self, graph: ServedGraph) -> None:
+        """Go on with a graph that is served now: its routers may remember what those before them had counted."""
+        account = self._account((graph.plan.name, graph.plan.version))
+        for place, number in self._decisions(graph).items():
+            account.decided[place] = max(0.0, account.decided.get(place, 0) - number)
+
+    def read(self, readings: Readings, graph: ServedGraph) -> None:
+        """Read what one version has counted."""
+        key = graph.plan.name, graph.plan.version
+        account = self._account(key)
+        readings.add(account.sums)
+        for statistics in (*account.replaced, graph.executor.statistics):
+            _read_nodes(readings, key, statistics)
+        for protocol, traffic in account.traffic.items():
+            _read_traffic(readings, (*key, protocol), traffic)
+        for (router, branch), number in self._decisions(graph).items():
+            before = account.decided.get((router, branch), 0)
+            readings.count(of.ROUTER_DECISIONS, (*key, router, branch), before + number)
+
+    def report(self, router: str, read: Any) -> dict[str, Any]:
+        """Return a router's settings or report; nothing, and a line in the log, where that fails."""
+        try:
+            found: dict[str, Any] = read()
+        except Exception:
+            if router not in self._complained:
+                self._complained.add(router)
+                logger.exception("router '%s' cannot be read for metrics (told once)", router)
+            return {}
+        return found
+
+    def _decisions(self, graph: ServedGraph) -> dict[tuple[str, str], float]:
+        return {
+            (name, branch): number
+            for name, seat in graph.seats.items()
+            for branch, number in _numbers(self.report(name, seat.router.report).get("decisions")).items()
+        }
+
+    def _account(self, key: tuple[str, str]) -> _Account:
+        account = self._accounts.get(key)
+        if account is None:
+            account = self._accounts[key] = _Account()
+            if len(self._accounts) > MOST_VERSIONS:
+                self._accounts.popitem(last=False)
+        return account
+
+
+def read_metrics(serving: Serving, ledger: Ledger) -> Readings:
+    """Return all metrics as they are now; on the event loop, so that they fit each other."""
+    readings = Readings()
+    readings.set(of.BUILD_INFO, (serving.options.server_version,), 1)
+    readings.set(of.READY, (), serving.catalog.ready)
+    readings.set(of.IN_FLIGHT, (), serving.admission.in_flight)
+    readings.set(of.IN_FLIGHT_LIMIT, (), serving.admission.limit)
+    for protocol, traffic in ledger.unknown.items():
+        _read_traffic(readings, ("", "", protocol), traffic)
+    for graph in serving.catalog.graphs():
+        ledger.read(readings, graph)
+        _read_state(readings, graph)
+        for seat in graph.seats.values():
+            name = seat.router.name
+            labels = graph.plan.name, graph.plan.version, name
+            settings, report = ledger.report(name, seat.router.settings), ledger.report(name, seat.router.report)
+            readings.set(of.ROUTER_REVISION, labels, seat.router.revision)
+            for branch, number in _numbers(settings.get("weights")).items():
+                readings.set(of.ROUTER_WEIGHT, (*labels, branch), number)
+            for branch, number in _numbers(report.get("shares")).items():
+                readings.set(of.ROUTER_SHARE, (*labels, branch), number)
+            stage = report.get("stage", settings.get("stage"))
+            if stage is not None:
+                readings.set(of.ROUTER_STAGE, (*labels, str(stage)), 1)
+    return readings
+
+
+def _read_state(readings: Readings, graph: ServedGraph) -> None:
+    labels = graph.plan.name, graph.plan.version
+    readings.set(of.GRAPH_READY, labels, graph.ready)
+    readings.set(of.GRAPH_IN_FLIGHT, labels, graph.requests)
+    statistics = graph.executor.statistics
+    readings.set(of.GRAPH_LOAD_SECONDS, labels, statistics.requests.load_ns / 1e9)
+    if graph.size_bytes:
+        readings.set(of.GRAPH_MEMORY, labels, graph.size_bytes)
+    for node, counters in statistics.nodes.items():
+        if counters.load_ns:
+            readings.set(of.NODE_LOAD_SECONDS, (*labels, node), counters.load_ns / 1e9)
+    for node, batcher in graph.executor.batchers.items():
+        place = *labels, node
+        readings.set(of.BATCH_MAX_ROWS, place, batcher.policy.max_rows)
+        readings.set(of.QUEUE_DEPTH, place, batcher.queued)
+        readings.set(of.QUEUE_LIMIT, place, batcher.policy.max_queue)
+        readings.set(of.BATCHES_RUNNING, place, batcher.running)
+
+
+def _read_traffic(readings: Readings, labels: tuple[str, str, str], traffic: Traffic) -> None:
+    readings.count(of.REQUESTS, (*labels, "ok"), traffic.answered)
+    for code, number in traffic.failures.items():
+        readings.count(of.REQUESTS, (*labels, code), number)
+    if not traffic.answered:
+        return
+    readings.durations(of.REQUEST_SECONDS, labels, traffic.whole)
+    readings.durations(of.REQUEST_STAGE_SECONDS, (*labels, "decode"), traffic.decode)
+    readings.durations(of.REQUEST_STAGE_SECONDS, (*labels, "encode"), traffic.encode)
+
+
+def _read_nodes(readings: Readings, key: tuple[str, str], statistics: GraphStatistics) -> None:
+    nodes = dict(statistics.nodes)
+    if statistics.whole is not None:
+        nodes[""] = statistics.whole
+    for name, node in nodes.items():
+        _read_node(readings, (*key, name), node)
+    if statistics.requests.hits or statistics.requests.misses:
+        _read_cache(readings, (*key, ""), statistics.requests)
+
+
+def _read_node(readings: Readings, labels: tuple[str, str, str], node: NodeStatistics) -> None:
+    readings.count(of.NODE_REQUESTS, (*labels, "ok"), node.answered)
+    failures = [node.failures] if node.items is None else [node.failures, node.items.failures]
+    for code, number in ((code, number) for kind in failures for code, number in kind.items()):
+        readings.count(of.NODE_REQUESTS, (*labels, code), number)
+    if node.hits or node.misses:
+        _read_cache(readings, labels, node)
+    durations = node.durations
+    if durations is not None:
+        readings.durations(of.NODE_STAGE_SECONDS, (*labels, "compute"), durations.compute)
+        if node.batched:
+            readings.durations(of.NODE_STAGE_SECONDS, (*labels, "queue"), durations.queue)
+            readings.durations(of.NODE_STAGE_SECONDS, (*labels, "batch_wait"), durations.batch_wait)
+    if node.batched:
+        sizes = {size: batch.count for size, batch in node.batches.items()}
+        most = node.max_rows
+        readings.sizes(of.BATCH_ROWS, labels, _powers(most), sizes)
+        readings.sizes(of.BATCH_FILL, labels, FILL_BOUNDS, {size / most: times for size, times in sizes.items()})
+
+
+def _read_cache(readings: Readings, labels: tuple[str, str, str], node: NodeStatistics) -> None:
+    readings.count(of.CACHE_LOOKUPS, (*labels, "hit"), node.hits)
+    readings.count(of.CACHE_LOOKUPS, (*labels, "miss"), node.misses)
+
+
+def _powers(most: int) -> list[int]:
+    """Return the powers of two below a number, and the number."""
+    return [*(1 << exponent for exponent in range((most - 1).bit_length())), most]
+
+
+def _numbers(values: Any) -> Mapping[str, float]:
+    """Return what of a router's report is numbers by branch; another package's router may say anything."""
+    if not isinstance(values, Mapping):
+        return {}
+    return {str(name): float(value) for name, value in values.items() if isinstance(value, int | float)}

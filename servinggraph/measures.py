@@ -1,0 +1,105 @@
+"""What is measured for metrics beside the counters of V2 statistics: durations by size, and what became of requests.
+
+Plain integers, written on the event loop only. What is not measured has None in their place, decided
+when a graph is made. Nothing here knows how they are shown; `lifecycle.metrics` reads them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from time import perf_counter_ns
+from typing import Final
+
+from servinggraph.context import Context
+
+__all__ = ["BOUNDS_NS", "Durations", "NodeDurations", "Traffic", "TrafficByProtocol"]
+
+BOUNDS_NS: Final = (
+    50_000, 100_000, 250_000, 500_000,
+    1_000_000, 2_500_000, 5_000_000, 10_000_000, 25_000_000, 50_000_000, 100_000_000, 250_000_000, 500_000_000,
+    1_000_000_000, 2_500_000_000, 5_000_000_000, 10_000_000_000, 30_000_000_000, 60_000_000_000,
+)  # fmt: skip
+"""Upper bounds of the sizes by which durations are counted: 50 us to a minute."""
+
+
+class Durations:
+    """How many durations there were of each size, and their sum.
+
+    Attributes:
+        counts: by size, as `BOUNDS_NS` has them; the last is for longer ones.
+        ns: the sum.
+    """
+
+    __slots__ = ("counts", "ns")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BOUNDS_NS) + 1)
+        self.ns = 0
+
+    def add(self, ns: int, times: int = 1) -> None:
+        """Count a duration, or several equal ones."""
+        self.counts[bisect_left(BOUNDS_NS, ns)] += times
+        self.ns += ns * times
+
+
+class NodeDurations:
+    """Where the time of answered requests goes in one node.
+
+    Attributes:
+        queue: of a batched node: until it had room for a batch.
+        batch_wait: of a batched node: with room, until the batch was full enough to begin.
+        compute: from joining to splitting; a request in a batch has the batch's.
+    """
+
+    __slots__ = ("batch_wait", "compute", "queue")
+
+    def __init__(self) -> None:
+        self.queue = Durations()
+        self.batch_wait = Durations()
+        self.compute = Durations()
+
+    def waited(self, arrived: int, free: int, began: int) -> None:
+        """Count the wait for a batch, by moments: a request's arrival, when the node had room again, the batch's begin."""
+        queued = free - arrived
+        queued = max(0, queued)
+        self.queue.add(queued)
+        self.batch_wait.add(began - arrived - queued)
+
+
+class Traffic:
+    """What became of the requests to one version of a graph over one protocol; each counts once.
+
+    Attributes:
+        answered: requests that got their answer.
+        failures: those that did not, by code of the error, `cancelled` where the caller left.
+        whole: of answered ones: from when the request was there to when the answer can be sent.
+        decode: of that, from bytes to tensors.
+        encode: of that, from tensors to bytes.
+    """
+
+    __slots__ = ("answered", "decode", "encode", "failures", "whole")
+
+    def __init__(self) -> None:
+        self.answered = 0
+        self.failures: dict[str, int] = {}
+        self.whole, self.decode, self.encode = Durations(), Durations(), Durations()
+
+    def succeeded(self, context: Context) -> None:
+        """Count a request whose answer can be sent now."""
+        now = perf_counter_ns()
+        self.answered += 1
+        self.whole.add(now - context.arrived)
+        self.decode.add(context.run_began - context.arrived)
+        self.encode.add(now - context.run_ended)
+
+    def failed(self, code: str) -> None:
+        """Count a request that is not answered."""
+        self.failures[code] = self.failures.get(code, 0) + 1
+
+
+class TrafficByProtocol(dict[str, Traffic]):
+    """The traffic of one version of a graph, by protocol; there from the first request on."""
+
+    def __missing__(self, protocol: str) -> Traffic:
+        traffic = self[protocol] = Traffic()
+        return traffic
