@@ -26,6 +26,7 @@ __all__ = [
     "Feedback",
     "FrontEndOptions",
     "Handler",
+    "Learned",
     "NodeSketch",
     "Operation",
     "Options",
@@ -311,6 +312,13 @@ class Router(ABC, Generic[OptionsT]):
         """
         self.adjust(remembered)
 
+    def hand_out(self) -> Learned | None:
+        """Return what was learned since this was last asked, to be added to what others learn; None where nothing adds up."""
+        return None
+
+    def take_in(self, everyone: Learned) -> None:
+        """Know what all workers have learned, what was handed out here included, beside what came here since then."""
+
     def feedback(self, record: Feedback) -> Receipt | bool:
         """Take the outcome of an earlier request, and say what became of it; True is TAKEN, False is UNUSED.
 
@@ -318,6 +326,19 @@ class Router(ABC, Generic[OptionsT]):
             InvalidRequest: this router would use it, but it cannot be.
         """
         return Receipt.UNUSED
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What was learned, as numbers that add up over the workers that share a state.
+
+    Attributes:
+        era: counts how often everything was forgotten: what was learned in an earlier era is void.
+        sums: number by name.
+    """
+
+    era: int
+    sums: Mapping[str, float]
 
 
 class Receipt(Enum):

@@ -12,9 +12,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Final
 
 import orjson
+
+from servinggraph.interfaces import Learned
 
 __all__ = ["FileStore", "RedisStore", "StateFailed", "StateStore", "open_store"]
 
@@ -24,7 +26,13 @@ class StateFailed(Exception):
 
 
 class StateStore(ABC):
-    """Keeps documents by key. Its methods block: call them in a thread."""
+    """Keeps documents by key. Its methods block: call them in a thread.
+
+    Attributes:
+        adds_up: True where what several workers have learned can be added up: it has `add`.
+    """
+
+    adds_up: ClassVar[bool] = False
 
     @abstractmethod
     def load(self, key: str) -> dict[str, Any] | None:
@@ -42,9 +50,43 @@ class StateStore(ABC):
             StateFailed: it could not be written.
         """
 
+    def add(self, key: str, worker: str, number: int, learned: Learned) -> Learned:
+        """Add what a worker has learned to what all have, and return that.
+
+        Args:
+            key: whose state it is.
+            worker: name of the worker, which no other has.
+            number: 1, 2, ... for each addition of the worker. One that comes again, because nobody knows whether it
+                arrived, is added once.
+            learned: numbers by name. Void where everything was forgotten since; of a later era, all others are.
+
+        Raises:
+            StateFailed: it may have been added or not.
+        """
+        raise NotImplementedError
+
     def close(self) -> None:
         """Let go of connections."""
         return
+
+
+_ADD: Final = """
+local era = tonumber(redis.call('HGET', KEYS[1], '#era') or '0')
+local mine, number = tonumber(ARGV[1]), tonumber(ARGV[2])
+if mine > era then
+  redis.call('DEL', KEYS[1])
+  redis.call('HSET', KEYS[1], '#era', ARGV[1])
+  era = mine
+end
+if #ARGV > 3 and number > tonumber(redis.call('GET', KEYS[2]) or '0') then
+  if mine == era then
+    for i = 4, #ARGV, 2 do redis.call('HINCRBYFLOAT', KEYS[1], ARGV[i], ARGV[i + 1]) end
+  end
+  redis.call('SET', KEYS[2], ARGV[2], 'EX', ARGV[3])
+end
+return redis.call('HGETALL', KEYS[1])
+"""
+"""In one step, whatever other workers do: forget an earlier era, add unless this was added before, read all."""
 
 
 class FileStore(StateStore):
@@ -99,7 +141,10 @@ class FileStore(StateStore):
 class RedisStore(StateStore):
     """A Redis, for replicas on several machines; each key is a string of JSON."""
 
+    adds_up = True
     _PREFIX = "servinggraph:state:"
+    _SUMS = "servinggraph:sums:"
+    _REMEMBER_S = 24 * 3600  # how long a worker may try to have its last addition added
 
     def __init__(self, url: str) -> None:
         try:
@@ -125,6 +170,19 @@ class RedisStore(StateStore):
             self._client.set(self._PREFIX + key, orjson.dumps(dict(document)))
         except self._failures as error:
             raise StateFailed(f"cannot write state '{key}' to Redis: {error}") from error
+
+    def add(self, key: str, worker: str, number: int, learned: Learned) -> Learned:
+        # In a Redis cluster both keys are on one machine, by what stands in braces.
+        keys = [f"{self._SUMS}{{{key}}}", f"{self._SUMS}{{{key}}}:{worker}"]
+        arguments: list[Any] = [learned.era, number, self._REMEMBER_S]
+        for name, amount in learned.sums.items():
+            arguments += (name, repr(float(amount)))
+        try:
+            flat: Any = self._client.eval(_ADD, 2, *keys, *arguments)
+        except self._failures as error:
+            raise StateFailed(f"cannot add to state '{key}' in Redis: {error}") from error
+        sums = {name.decode(): float(amount) for name, amount in zip(flat[::2], flat[1::2], strict=True)}
+        return Learned(int(sums.pop("#era", learned.era)), sums)
 
     def close(self) -> None:
         self._client.close()

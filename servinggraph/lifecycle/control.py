@@ -10,6 +10,7 @@ from typing import Any, Final
 from servinggraph.errors import Conflict, GraphNotFound, InvalidRequest, StepFailed, nearest
 from servinggraph.interfaces import Router
 from servinggraph.lifecycle.audit import AuditLog
+from servinggraph.lifecycle.sharing import Sharing
 from servinggraph.plan import Plan
 from servinggraph.state import StateFailed, StateStore, open_store
 
@@ -37,6 +38,7 @@ class RouterSeat:
         self._store: StateStore | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._saving: asyncio.Task[None] | None = None
+        self._sharing: Sharing | None = None
 
     @property
     def key(self) -> str:
@@ -52,8 +54,8 @@ class RouterSeat:
         self.keep(after_s=0)
 
     def keep(self, after_s: float = SAVE_EVERY_S) -> None:
-        if self._store is None:
-            return
+        if self._store is None or (self._sharing is not None and after_s):
+            return  # what is shared is exchanged, and a document of this worker's would undo another's change
         if self._timer is not None:
             if after_s:
                 return
@@ -76,6 +78,10 @@ class RouterSeat:
             if remembered is not None:
                 self.router.recall(remembered)
                 self.router.revision = int(remembered.get("revision", self.router.revision))
+            if store.adds_up and self.router.hand_out() is not None:
+                sharing = Sharing(self.router, store, self.key)
+                await sharing.start()
+                self._sharing = sharing
         except StateFailed as error:
             raise StepFailed(str(error)).at(self.router.name) from error
         except InvalidRequest as error:
@@ -89,16 +95,20 @@ class RouterSeat:
 
     async def stop(self) -> None:
         """Stop the router and save what it is to remember."""
+        unsaved = self._sharing is None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+            unsaved = True
         try:
             await self.router.stop()
         finally:
             if self._saving is not None:
                 await asyncio.wait({self._saving})
+            if self._sharing is not None:
+                await self._sharing.stop()
             if self._store is not None:
-                if self._control.leave(self):
+                if self._control.leave(self) and unsaved:
                     await self._save()
                 self._store.close()
 

@@ -10,7 +10,7 @@ import numpy as np
 from servinggraph.context import Context
 from servinggraph.errors import ErrorCode, GraphInvalid, InvalidRequest, Problem, ServingGraphError
 from servinggraph.importing import ImportProblem
-from servinggraph.interfaces import Feedback, Handler, Receipt, Router
+from servinggraph.interfaces import Feedback, Handler, Learned, Receipt, Router
 from servinggraph.routers.bandits import (
     MAX_FEATURES,
     Answers,
@@ -65,6 +65,7 @@ class Bandit(Router[BanditOptions]):
         self._stays: Decisions[Arm] = Decisions(options.window.size, options.window.age_s)
         self._parameter = f"{self.name}.variant"
         self._size: int | None = None
+        self._handed_out: dict[str, float] = {}
         self._clipped = 0
         self._resets = 0
         if options.features is None or signature.inputs is None:
@@ -119,7 +120,7 @@ class Bandit(Router[BanditOptions]):
             numbers[name] = float(value)
         enabled = self._checked_enabled(changes.get("enabled", {}))
         resets = changes.get("resets", self._resets)
-        if type(resets) is not int or resets not in (self._resets, self._resets + 1):
+        if type(resets) is not int or resets < self._resets:
             text = f"'resets' counts how often everything was forgotten, {self._resets} times: one more forgets it now"
             raise InvalidRequest(f"{text}, got {resets!r}")
         self._policy.values.update(numbers)
@@ -143,6 +144,34 @@ class Bandit(Router[BanditOptions]):
         learned = remembered.get("learned", {})
         for name, arm in self._arms.items():
             self._take(arm, learned.get(name, {}))
+        self._handed_out = self._sums()  # it was, before the restart
+
+    def hand_out(self) -> Learned:
+        since = self._since_handed_out()
+        self._handed_out = self._sums()
+        return Learned(self._resets, since)
+
+    def take_in(self, everyone: Learned) -> None:
+        if everyone.era < self._resets:
+            return  # of before it was forgotten
+        if everyone.era > self._resets:
+            self._forget(everyone.era)
+        # Another worker may have branches that there are not here, of a graph that is being changed.
+        theirs = {name: value for name, value in everyone.sums.items() if name.partition("/")[0] in self._arms}
+        since = self._since_handed_out()
+        self._handed_out = theirs
+        everything = theirs | {name: theirs.get(name, 0.0) + value for name, value in since.items()}
+        for name, arm in self._arms.items():
+            start = name + "/"
+            self._take(arm, {key.removeprefix(start): value for key, value in everything.items() if key.startswith(start)})
+
+    def _sums(self) -> dict[str, float]:
+        return {f"{name}/{key}": value for name, arm in self._arms.items() for key, value in arm.sums().items()}
+
+    def _since_handed_out(self) -> dict[str, float]:
+        before, now = self._handed_out, self._sums()
+        changed = {name: now.get(name, 0.0) - before.get(name, 0.0) for name in now.keys() | before.keys()}
+        return {name: value for name, value in changed.items() if value}
 
     def _features(self, value: Any, name: str) -> Array:
         """Return a request's features with a constant 1 behind them.
@@ -254,6 +283,7 @@ class Bandit(Router[BanditOptions]):
     def _forget(self, resets: int) -> None:
         for arm in self._arms.values():
             arm.clear()
+        self._handed_out = {}
         self._resets = resets
 
     def _take(self, arm: Arm, sums: Mapping[str, float]) -> None:

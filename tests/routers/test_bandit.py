@@ -334,7 +334,8 @@ def test_settings_change_between_two_requests_and_everything_can_be_forgotten():
         ({"enabled": {"a": False, "b": False}}, "at least one"),
         ({"enabled": ["a"]}, "mapping"),
         ({"enabled": {"a": 1}}, "true or false"),
-        ({"resets": 5}, "0 times: one more forgets it now, got 5"),
+        ({"resets": -1}, "0 times: one more forgets it now, got -1"),
+        ({"resets": True}, "got True"),
         ({"alpha": 1}, "no setting 'alpha'"),
     ],
 )

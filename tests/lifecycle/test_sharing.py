@@ -1,0 +1,235 @@
+"""Workers that learn together through Redis: nothing is lost, nothing counts twice."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import subprocess
+import sys
+from uuid import uuid4
+
+import numpy as np
+import pytest
+
+from servinggraph import Graph, routers
+from servinggraph.errors import StepFailed
+from servinggraph.interfaces import Learned
+from servinggraph.state import RedisStore, StateFailed, open_store
+
+X = np.array([1.0], np.float32)
+
+
+def a(value):
+    return {"y": value["x"]}
+
+
+def a_graph(state, name, policy="ucb1", **options):
+    branches = {"a": a, "b": a}
+    return Graph(name, {"x": ("FP32", [-1])}).to(routers.Bandit(branches, policy, state=state, **options), "score").respond()
+
+
+@pytest.fixture
+def name():
+    """Return a graph name that no other test has in the same Redis."""
+    return f"g{uuid4().hex[:8]}"
+
+
+def counts(server):
+    return {name: rewards["count"] for name, rewards in server.router("score").report()["rewards"].items()}
+
+
+async def exchanged(clock):
+    """Have every worker hand out, and then take in what the others handed out."""
+    for _ in range(2):
+        await clock.advance(1)
+        await settled(clock)
+
+
+async def settled(clock):
+    """Wait for what runs in threads."""
+    for _ in range(200):
+        await clock.settle()
+        if not any(task.get_coro().__qualname__ in ("Sharing._round", "RouterSeat._save") for task in asyncio.all_tasks()):
+            return
+        await asyncio.to_thread(lambda: None)
+
+
+def test_what_one_worker_learns_all_know(run, manual_clock, redis_url, name):
+    async def check():
+        async with a_graph(redis_url, name).mock() as one, a_graph(redis_url, name).mock() as other:
+            for number in range(10):
+                await one.feedback(variant="a", reward=number / 10)
+                await other.feedback(variant="b", reward=1.0)
+                await other.infer(x=X)
+            await exchanged(manual_clock)
+            assert {"a": 10, "b": 10} == counts(one) == counts(other)
+            assert 10 == sum(one.router("score").report()["decisions"].values())
+            assert one.router("score").report()["rewards"] == other.router("score").report()["rewards"]
+            await exchanged(manual_clock)
+            assert {"a": 10, "b": 10} == counts(one)  # and nothing is added again
+            await one.feedback(variant="a", reward=1.0)
+        async with a_graph(redis_url, name).mock() as later:  # what was left was handed out at the end
+            assert {"a": 11, "b": 10} == counts(later)
+
+    run(check())
+
+
+def test_linear_models_add_up_as_well(run, manual_clock, redis_url, name):
+    chance = np.random.default_rng(3)
+    rows = [(chance.normal(size=2), float(chance.random())) for _ in range(40)]
+
+    def graph(state, name):
+        inputs = {"x": ("FP64", [-1, 2])}
+        router = routers.Bandit({"a": a}, "linucb", features="x", state=state)
+        return Graph(name, inputs).to(router, "score").respond()
+
+    async def learn(server, rows):
+        for number, (features, reward) in enumerate(rows):
+            await server.infer(x=features[None], id=str(number))
+            await server.feedback(str(number), reward=reward)
+
+    async def check():
+        async with graph(None, name).mock() as alone:
+            await learn(alone, rows)
+            wanted = alone.router("score").remember()["learned"]["a"]
+        async with graph(redis_url, name).mock() as one, graph(redis_url, name).mock() as other:
+            await learn(one, rows[:15])
+            await exchanged(manual_clock)
+            await learn(other, rows[15:])
+            await exchanged(manual_clock)
+            for server in (one, other):
+                assert pytest.approx(wanted) == server.router("score").remember()["learned"]["a"]
+
+    run(check())
+
+
+def test_an_addition_that_may_have_arrived_is_sent_again_and_counts_once(run, manual_clock, redis_url, name, monkeypatch):
+    async def check():
+        async with a_graph(redis_url, name).mock() as one:
+            really = RedisStore.add
+
+            def lost_answer(*arguments):
+                really(*arguments)
+                raise StateFailed("the connection broke before the answer")
+
+            monkeypatch.setattr(RedisStore, "add", lost_answer)
+            await one.feedback(variant="a", reward=1.0)
+            await exchanged(manual_clock)
+            await one.feedback(variant="a", reward=1.0)
+            assert {"a": 2, "b": 0} == counts(one)  # known here all the time
+            monkeypatch.setattr(RedisStore, "add", really)
+            await exchanged(manual_clock)
+            assert {"a": 2, "b": 0} == counts(one)
+        async with a_graph(redis_url, name).mock() as later:
+            assert {"a": 2, "b": 0} == counts(later)
+
+    run(check())
+
+
+def test_what_was_not_sent_is_sent_at_the_end(run, manual_clock, redis_url, name, monkeypatch, caplog):
+    async def check():
+        async with a_graph(redis_url, name).mock() as one:
+            with monkeypatch.context() as broken:
+
+                def unreachable(*arguments):
+                    raise StateFailed("nobody there")
+
+                broken.setattr(RedisStore, "add", unreachable)
+                await one.feedback(variant="a", reward=1.0)
+                await exchanged(manual_clock)
+                await exchanged(manual_clock)
+            await one.feedback(variant="b", reward=1.0)
+        async with a_graph(redis_url, name).mock() as later:
+            assert {"a": 1, "b": 1} == counts(later)
+
+    run(check())
+    texts = [record.message for record in caplog.records if "score" in record.message]
+    assert 1 == sum("learns alone until it can exchange again: nobody there" in text for text in texts)  # once
+    assert 1 == sum("exchanges again" in text for text in texts)
+
+
+def test_settings_changed_in_one_worker_hold_in_all_and_forgetting_too(run, manual_clock, redis_url, name):
+    async def check():
+        async with a_graph(redis_url, name).mock() as one, a_graph(redis_url, name).mock() as other:
+            await one.adjust("score", {"alpha": 0.5, "enabled": {"a": False}})
+            await settled(manual_clock)
+            await manual_clock.advance(0.1)  # it is saved
+            await settled(manual_clock)
+            await other.feedback(variant="b", reward=1.0)
+            await exchanged(manual_clock)
+            assert one.router("score").settings() == other.router("score").settings()
+            assert {"b"} == {(await other.infer(x=X)).parameters["score.variant"] for _ in range(5)}
+
+            await one.adjust("score", {"resets": 1})
+            await other.feedback(variant="b", reward=1.0)  # of before, as the other one knows only later
+            await exchanged(manual_clock)
+            await exchanged(manual_clock)
+            assert {"a": 0, "b": 0} == counts(one) == counts(other)
+            await other.feedback(variant="a", reward=1.0)
+            await exchanged(manual_clock)
+            assert {"a": 1, "b": 0} == counts(one) == counts(other)
+
+    run(check())
+
+
+def test_a_store_that_cannot_be_reached_is_said_at_the_load(tmp_path):
+    with pytest.raises(StepFailed, match="node 'score': cannot read state"):
+        a_graph(f"unix://{tmp_path}/nobody", "g").mock().__enter__()
+
+
+PROGRAM = """
+import sys, os
+import numpy as np
+from servinggraph import Graph, routers
+
+def a(value):
+    return {"y": value["x"]}
+
+name, state, count, how = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+router = routers.Bandit({"a": a, "b": a}, "thompson", state=state)
+graph = Graph(name, {"x": ("FP32", [-1])}).to(router, "score").respond()
+with graph.mock() as server:
+    for number in range(count):
+        reply = server.infer(x=np.ones(1, "f4"), id=str(number))
+        server.feedback(str(number), reward=1.0 if reply.parameters["score.variant"] == "a" else 0.25)
+    if how == "killed":
+        import time
+        time.sleep(1.5)  # longer than an interval: all of it was handed out
+        server.feedback(variant="a", reward=1.0)
+        os._exit(9)
+"""
+
+
+def test_processes_learn_together_and_one_that_is_killed_loses_an_interval_at_most(redis_url, name, tmp_path):
+    program = tmp_path / "worker.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, str(program), name, redis_url]
+    running = [subprocess.Popen([*command, "200", how]) for how in ("stopped", "stopped", "killed")]
+    assert [0, 0, 9] == [process.wait(60) for process in running]
+
+    with a_graph(redis_url, name).mock() as server:
+        report = server.router("score").report()
+    rewards = report["rewards"]
+    assert 600 == sum(report["decisions"].values()) == rewards["a"]["count"] + rewards["b"]["count"]
+    assert (1.0, 0.25) == (rewards["a"]["mean"], rewards["b"]["mean"])
+    assert report["shares"]["a"] > 0.8
+
+
+def test_sums_are_exact_whatever_is_repeated_and_in_whatever_order(redis_url, tmp_path, name):
+    store = open_store(redis_url, tmp_path)
+    chance = random.Random(4)
+    wanted = 0
+    for number in range(1, 41):
+        for worker in "xyz":
+            learned = Learned(0, {"a/count": 1.0, "a/total": chance.randrange(8) / 8})
+            wanted += learned.sums["a/total"]
+            for _ in range(chance.randrange(1, 4)):
+                found = store.add(name, worker, number, learned)
+    assert (0, {"a/count": 120.0, "a/total": wanted}) == (found.era, found.sums)
+
+    late = store.add(name, "x", 41, Learned(0, {}))
+    assert found == late
+    assert Learned(2, {}) == store.add(name, "x", 42, Learned(2, {}))
+    assert Learned(2, {}) == store.add(name, "y", 41, Learned(0, {"a/count": 9.0}))  # of an earlier era
+    assert Learned(2, {"a/count": 1e-9}) == store.add(name, "y", 42, Learned(2, {"a/count": 1e-9}))
+    store.close()
