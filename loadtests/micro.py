@@ -16,11 +16,14 @@ from statistics import median
 from typing import Any
 
 import conditions
+import numpy as np
 from harness import load, run_program, stopping
 from servers import ours, prepared, set_up
 
-from servinggraph import Context, Graph
+from servinggraph import Context, Graph, routers
 from servinggraph.executor import Executor
+from servinggraph.interfaces import NodeSketch
+from servinggraph.lifecycle.control import Control
 from servinggraph.server import new_event_loop
 
 EVENTS, ROUNDS = 20_000, 5
@@ -89,6 +92,44 @@ def fork() -> Iterator[Figure]:
     graph.add(join, after=["double", "subtract"]).respond()
     seconds = min(_in_process(graph, 5, 12, _one_by_one))
     yield Figure(f"fork of two plain steps and a join, an event ({BEST})", seconds / EVENTS * 1e6, "µs")
+
+
+def passing(value: Any) -> Any:
+    return value
+
+
+TENSORS = {"x": ("FP32", [-1, 4])}
+ROWS = {"x": np.zeros((1, 4), np.float32)}
+PLAIN = {"a": passing, "b": passing}
+"""Two plain steps that do as good as nothing, so that what is left is the router."""
+
+
+def routed() -> Iterator[Figure]:
+    """What each router adds to a bare step; rounds of all of them are interleaved, since the machine's speed moves."""
+    bare = Graph("bare", TENSORS)
+    bare.to(passing).respond()
+    graphs = {"": bare}
+    for label, (sketch, _) in ROUTERS.items():
+        graph = Graph("routed", TENSORS)
+        graph.to(sketch, "n").respond()
+        graphs[label] = graph
+    times = _interleaved(graphs)
+    base = min(times.pop(""))
+    for label, seconds in times.items():
+        yield Figure(f"{label}, over a bare step ({BEST})", (min(seconds) - base) / EVENTS * 1e6, "µs", ROUTERS[label][1])
+
+
+ROUTERS: dict[str, tuple[NodeSketch, float | None]] = {
+    "ab of two by chance": (routers.Ab(PLAIN, {"a": 9, "b": 1}), 2),
+    "ab of two by key": (routers.Ab(PLAIN, {"a": 9, "b": 1}, key="parameter:user"), 2),
+    "choice by a parameter": (routers.Choice(PLAIN, when={"a": "parameters['user'] == 'ann'"}, default="b"), None),
+    "fallback whose first branch answers": (routers.Fallback(PLAIN), None),
+    "chain of two steps": (routers.Chain(PLAIN), None),
+    "map over one row": (routers.Map(passing), None),
+    "ensemble of two, mean": (routers.Ensemble(PLAIN), 60),
+    "ensemble of two with a quorum": (routers.Ensemble(PLAIN, quorum=1), None),
+}
+"""What is measured, with its target in microseconds."""
 
 
 def concurrent() -> Iterator[Figure]:
@@ -168,9 +209,33 @@ def _in_process(graph: Graph, value: int, expected: int, drive: Measure) -> list
         return runner.run(run())
 
 
+def _interleaved(graphs: dict[str, Graph]) -> dict[str, list[float]]:
+    """Return how many seconds each round of events took, by graph."""
+
+    async def run() -> dict[str, list[float]]:
+        executors = {}
+        for label, graph in graphs.items():
+            plan = graph.compile()
+            executors[label] = Executor(plan, Control().seats_of(plan))
+            await executors[label].start()
+        times: dict[str, list[float]] = {label: [] for label in graphs}
+        for _ in range(ROUNDS):
+            for label, executor in executors.items():
+                started = time.perf_counter()
+                await _one_by_one(lambda executor=executor: executor.run(ROWS, Context("1", parameters={"user": "ann"})))
+                times[label].append(time.perf_counter() - started)
+        for executor in executors.values():
+            await executor.stop()
+        return times
+
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(run())
+
+
 FIGURES: dict[str, Callable[[], Iterator[Figure]]] = {
     "chain": chain,
     "fork": fork,
+    "routers": routed,
     "concurrent": concurrent,
     "imports": imports,
     "start": start,
