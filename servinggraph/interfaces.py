@@ -35,6 +35,7 @@ __all__ = [
     "RouterHost",
     "RouterOptions",
     "RowErrors",
+    "Selector",
     "SequencePolicy",
     "Step",
 ]
@@ -352,6 +353,24 @@ class Receipt(Enum):
     """It does not remember this request: it never answered it, or too long ago."""
     UNUSED = "unused"
     """It has no use for such feedback."""
+
+
+class Selector(Router[OptionsT]):
+    """A kind of router of which one branch answers each request, and whose own work ends when it has chosen it.
+
+    It costs a plain call: where no branch suspends neither does the router.
+    """
+
+    @abstractmethod
+    def choose(self, value: Any, context: Context) -> str:
+        """Return the name of the branch that answers a request.
+
+        Raises:
+            ServingGraphError: none does.
+        """
+
+    async def route(self, value: Any, context: Context, branches: Mapping[str, Handler]) -> Any:
+        return await branches[self.choose(value, context)](value, context)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from servinggraph.executor.bodies import entered, entrance
 from servinggraph.executor.cache import ResponseCache, cached
 from servinggraph.executor.streams import END, Streaming
 from servinggraph.executor.stretches import named, run_plan
-from servinggraph.executor.wiring import router_operation, step_operation, unshared, wrapped
-from servinggraph.interfaces import BatchPolicy, CachePolicy, Handler, Operation, Router, Step
+from servinggraph.executor.wiring import at_once, router_operation, selector_operation, step_operation, unshared, wrapped
+from servinggraph.interfaces import BatchPolicy, CachePolicy, Handler, Operation, Router, Selector, Step
 from servinggraph.plan import Plan, PlanNode
 from servinggraph.statistics import GraphStatistics, NodeStatistics
 
@@ -215,7 +215,10 @@ class Executor:
         statistics = self.statistics.nodes[node.name]
         if isinstance(node.work, Router):
             branches = {short: self._branch(branch, policies) for short, branch in node.branches.items()}
-            operation = router_operation(node.work, branches)
+            if isinstance(node.work, Selector) and type(node.work).route is Selector.route:
+                operation = selector_operation(node.work, branches, self._loop)
+            else:
+                operation = router_operation(node.work, {short: self._handler(branch) for short, branch in branches.items()})
             policy = BatchPolicy() if node.batch is True else node.batch or None
             if policy is not None:
                 batcher = Batcher(operation, policy, node.name, None, statistics)
@@ -237,34 +240,18 @@ class Executor:
         batcher = self.batchers.get(node.name)
         return batcher is not None and operation.call == batcher.submit
 
-    def _branch(self, node: PlanNode, policies: Mapping[str, Any]) -> Handler:
+    def _branch(self, node: PlanNode, policies: Mapping[str, Any]) -> Operation:
         operation = self._operation(node, policies)
-        if self._is_bare_batcher(node, operation):
-            # A batcher names its node itself, its future needs no task around it, and it changes no value.
-            return operation.call
-        operation = named([(node.name, operation)], self.statistics.nodes)
-        return _alone(operation) if operation.suspends else _at_once(operation, self._loop)
+        # A batcher names its node itself, and its future needs no task around it.
+        bare = self._is_bare_batcher(node, operation)
+        return operation if bare else named([(node.name, operation)], self.statistics.nodes)
 
-
-def _alone(operation: Operation) -> Handler:
-    """Return a branch's handler: its router gives all branches the same value, and each may change its own mapping."""
-    call = operation.call
-    return lambda value, context: call(unshared(value), context)
-
-
-def _at_once(operation: Operation, loop: asyncio.AbstractEventLoop) -> Handler:
-    """Return the handler of a branch that does not suspend: its future is done, so that no router makes it a task."""
-    call = operation.call
-
-    def handle(value: Any, context: Context) -> asyncio.Future[Any]:
-        future = loop.create_future()
-        try:
-            future.set_result(call(unshared(value), context))
-        except ServingGraphError as error:  # others have become one
-            future.set_exception(error)
-        return future
-
-    return handle
+    def _handler(self, branch: Operation) -> Handler:
+        """Return a branch's handler: its router gives all branches the same value, and each may change its own mapping."""
+        if not branch.suspends:
+            return at_once(branch, self._loop)
+        call = branch.call
+        return lambda value, context: call(unshared(value), context)
 
 
 def _loaded(node: PlanNode, step: Step[Any], statistics: NodeStatistics) -> BatchPolicy | None:

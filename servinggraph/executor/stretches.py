@@ -46,8 +46,8 @@ def named(steps: Sequence[tuple[str, Operation]], statistics: Mapping[str, NodeS
     clock = asyncio.get_running_loop().time
     counted = [(name, operation, statistics[name]) for name, operation in steps]
     if any(operation.suspends for _, operation in steps):
-        return Operation(_awaiting(counted, clock), suspends=True)
-    return Operation(_plain(counted, clock), suspends=False)
+        return Operation(_awaiting(counted, clock, statistics), suspends=True)
+    return Operation(_plain(counted, clock, statistics), suspends=False)
 
 
 Counted = Sequence[tuple[str, Operation, NodeStatistics]]
@@ -58,10 +58,10 @@ def _measure(counters: NodeStatistics) -> Callable[[int], None] | None:
     return None if counters.durations is None else counters.durations.compute.add
 
 
-def _plain(steps: Counted, clock: Callable[[], float]) -> Runner:
+def _plain(steps: Counted, clock: Callable[[], float], names: Collection[str]) -> Runner:
     """Return a plain callable that runs operations of which none suspends."""
     calls = [(name, operation.call, counters, _measure(counters)) for name, operation, counters in steps]
-    report_slow = SlowSteps().report
+    report_slow = SlowSteps(names).report
 
     def run(value: Any, context: Context) -> Any:
         name = ""
@@ -99,10 +99,10 @@ def _plain(steps: Counted, clock: Callable[[], float]) -> Runner:
     return run
 
 
-def _awaiting(steps: Counted, clock: Callable[[], float]) -> Runner:
+def _awaiting(steps: Counted, clock: Callable[[], float], names: Collection[str]) -> Runner:
     """Return an async callable that runs operations of which some suspend."""
     calls = [(name, operation.call, operation.suspends, counters, _measure(counters)) for name, operation, counters in steps]
-    report_slow = SlowSteps().report
+    report_slow = SlowSteps(names).report
 
     async def run(value: Any, context: Context) -> Any:
         name = ""

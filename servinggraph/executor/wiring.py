@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from time import perf_counter_ns
 from typing import Any
 
@@ -18,7 +18,7 @@ from servinggraph.concurrency import run_until
 from servinggraph.context import Context
 from servinggraph.errors import DeadlineExceeded, ServingGraphError, StepFailed
 from servinggraph.executor.guarding import guarded
-from servinggraph.interfaces import BatchPolicy, Handler, Operation, Router, RowErrors, Step
+from servinggraph.interfaces import BatchPolicy, Handler, Operation, Router, RowErrors, Selector, Step
 from servinggraph.plan import PlanNode
 from servinggraph.statistics import NodeStatistics
 from servinggraph.tensors import TensorSpec, datatype_of, fits_shape
@@ -26,11 +26,13 @@ from servinggraph.tensors import TensorSpec, datatype_of, fits_shape
 __all__ = [
     "SlowSteps",
     "as_failure",
+    "at_once",
     "limited",
     "mapping_of",
     "output_check",
     "read_only",
     "router_operation",
+    "selector_operation",
     "step_operation",
     "unshared",
     "whole_rows",
@@ -44,13 +46,18 @@ SLOW_STEP_NS = 50_000_000
 
 
 class SlowSteps:
-    """Reports an inline step that holds the event loop, once for each."""
+    """Reports an inline step that holds the event loop, once for each.
 
-    def __init__(self) -> None:
+    Args:
+        names: of all nodes; a router is not reported, since the step inside it is.
+    """
+
+    def __init__(self, names: Collection[str] = ()) -> None:
+        self._names = names
         self._reported: set[str] = set()
 
     def report(self, name: str, ns: int) -> None:
-        if name in self._reported:
+        if name in self._reported or any(other.startswith(f"{name}.") for other in self._names):
             return
         self._reported.add(name)
         logger.warning(
@@ -85,6 +92,31 @@ def router_operation(router: Router[Any], branches: Mapping[str, Handler]) -> Op
         return route(read_only(value), context, branches)
 
     return Operation(call, suspends=True)
+
+
+def selector_operation(router: Selector[Any], branches: Mapping[str, Operation], loop: asyncio.AbstractEventLoop) -> Operation:
+    """Return the operation of a router that only chooses; a plain one where no branch suspends."""
+    choose = router.choose
+    if not any(branch.suspends for branch in branches.values()):
+        calls = {name: branch.call for name, branch in branches.items()}
+        return Operation(lambda value, context: calls[choose(value, context)](value, context), suspends=False)
+    handlers = {name: branch.call if branch.suspends else at_once(branch, loop) for name, branch in branches.items()}
+    return Operation(lambda value, context: handlers[choose(value, context)](value, context), suspends=True)
+
+
+def at_once(operation: Operation, loop: asyncio.AbstractEventLoop) -> Handler:
+    """Return the handler of a branch that does not suspend: its future is done, so that no router makes it a task."""
+    call = operation.call
+
+    def handle(value: Any, context: Context) -> asyncio.Future[Any]:
+        future = loop.create_future()
+        try:
+            future.set_result(call(unshared(value), context))
+        except ServingGraphError as error:  # others have become one
+            future.set_exception(error)
+        return future
+
+    return handle
 
 
 def wrapped(

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from servinggraph.context import Context
 from servinggraph.errors import GraphInvalid, InvalidRequest, Problem
-from servinggraph.interfaces import Handler, Router, RouterOptions
+from servinggraph.interfaces import RouterOptions, Selector
 from servinggraph.routers.selection import KeyReader, Weights, key_reader, weights_problem
 from servinggraph.routers.signatures import common_signature
 from servinggraph.tensors import Signature
@@ -31,7 +31,7 @@ class AbOptions(RouterOptions):
     )
 
 
-class Ab(Router[AbOptions]):
+class Ab(Selector[AbOptions]):
     """Sends each request to one variant.
 
     Which one answered stands in the response's parameters, `<node>.variant`. The weights can
@@ -63,12 +63,12 @@ class Ab(Router[AbOptions]):
         self._parameter = f"{self.name}.variant"
         return signature
 
-    async def route(self, value: Any, context: Context, branches: Mapping[str, Handler]) -> Any:
+    def choose(self, value: Any, context: Context) -> str:
         key = None if self._key is None else self._key(value, context)
         variant = self._weights.at_random() if key is None else self._weights.by_key(key)
         self._decisions[variant] += 1
         context.response_parameters[self._parameter] = variant
-        return await branches[variant](value, context)
+        return variant
 
     def describe(self) -> str:
         return "ab (" + ", ".join(f"{name} {share:.0%}" for name, share in self._weights.shares.items()) + ")"

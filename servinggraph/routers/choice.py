@@ -9,7 +9,7 @@ from pydantic import Field
 
 from servinggraph.context import Context
 from servinggraph.errors import GraphInvalid, Problem, nearest
-from servinggraph.interfaces import Handler, Router, RouterOptions
+from servinggraph.interfaces import RouterOptions, Selector
 from servinggraph.routers.refusals import Refusal
 from servinggraph.routers.selection.expressions import Expression
 from servinggraph.routers.signatures import common_signature
@@ -29,7 +29,7 @@ class ChoiceOptions(RouterOptions):
     otherwise: Refusal | None = Field(None, description="Error that the caller gets where no condition holds.")
 
 
-class Choice(Router[ChoiceOptions]):
+class Choice(Selector[ChoiceOptions]):
     """Sends each request to one branch by conditions on it; which one stands in `<node>.branch`."""
 
     options_type = ChoiceOptions
@@ -68,7 +68,7 @@ class Choice(Router[ChoiceOptions]):
         self._refused = 0
         return signature
 
-    async def route(self, value: Any, context: Context, branches: Mapping[str, Handler]) -> Any:
+    def choose(self, value: Any, context: Context) -> str:
         chosen = next((branch for branch, rule in self._rules if rule.holds(value, context)), self.options.default)
         if chosen is None:
             self._refused += 1
@@ -76,7 +76,7 @@ class Choice(Router[ChoiceOptions]):
             raise self.options.otherwise.raised()
         self._decisions[chosen] += 1
         context.response_parameters[f"{self.name}.branch"] = chosen
-        return await branches[chosen](value, context)
+        return chosen
 
     def describe(self) -> str:
         return "choice (" + ", ".join(self.options.when) + ")"

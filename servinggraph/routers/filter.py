@@ -9,7 +9,7 @@ from pydantic import Field
 
 from servinggraph.context import Context
 from servinggraph.errors import GraphInvalid, Problem
-from servinggraph.interfaces import Handler, Router, RouterOptions
+from servinggraph.interfaces import RouterOptions, Selector
 from servinggraph.routers.refusals import Refusal
 from servinggraph.routers.selection.expressions import Expression
 from servinggraph.tensors import Signature
@@ -24,7 +24,7 @@ class FilterOptions(RouterOptions):
     otherwise: Refusal = Field(description="Error that the others get.")
 
 
-class Filter(Router[FilterOptions]):
+class Filter(Selector[FilterOptions]):
     """Lets requests through to its one branch, or refuses them with a declared error; none is dropped silently."""
 
     options_type = FilterOptions
@@ -41,16 +41,15 @@ class Filter(Router[FilterOptions]):
         if problems:
             raise GraphInvalid(problems)
         self._passed = self._refused = 0
-        (signature,) = branches.values()
+        ((self._branch, signature),) = branches.items()
         return signature
 
-    async def route(self, value: Any, context: Context, branches: Mapping[str, Handler]) -> Any:
+    def choose(self, value: Any, context: Context) -> str:
         if not self._rule.holds(value, context):
             self._refused += 1
             raise self.options.otherwise.raised()
         self._passed += 1
-        (branch,) = branches.values()
-        return await branch(value, context)
+        return self._branch
 
     def describe(self) -> str:
         return f"filter ({self.options.when})"

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from servinggraph.context import Context
 from servinggraph.errors import GraphInvalid, GraphNotFound, InvalidRequest, Problem, nearest
-from servinggraph.interfaces import Handler, Router, RouterOptions
+from servinggraph.interfaces import RouterOptions, Selector
 from servinggraph.routers.selection.keys import KeyReader, key_reader
 from servinggraph.routers.signatures import common_signature
 from servinggraph.tensors import Signature
@@ -48,7 +48,7 @@ class ModelOptions(RouterOptions):
     )
 
 
-class Model(Router[ModelOptions]):
+class Model(Selector[ModelOptions]):
     """Sends each request to the branch that it names; which one answered stands in `<node>.variant`.
 
     The look-up takes the same time for two branches and for thousands. Where the default and
@@ -80,7 +80,7 @@ class Model(Router[ModelOptions]):
         self._set(self.options.aliases, self.options.default)
         return signature
 
-    async def route(self, value: Any, context: Context, branches: Mapping[str, Handler]) -> Any:
+    def choose(self, value: Any, context: Context) -> str:
         named = self._read(value, context)
         branch = self._fallback if named is None else self._table.get(named, self._otherwise)
         if branch is None:
@@ -88,7 +88,7 @@ class Model(Router[ModelOptions]):
             raise GraphNotFound(self._refusal(named))
         self._decisions[branch] += 1
         context.response_parameters[self._parameter] = branch
-        return await branches[branch](value, context)
+        return branch
 
     def describe(self) -> str:
         return f"model (by {self.options.by}, {len(self._names)} branches)"
