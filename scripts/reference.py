@@ -35,12 +35,26 @@ def table(model: Any) -> list[str]:
     return [*rows, ""]
 
 
+def inner_models(annotation: Any) -> list[Any]:
+    """Return the models that stand in a type: alone, or as items of lists, values of mappings, members of unions."""
+    if hasattr(annotation, "model_fields"):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in inner_models(part)]
+
+
 def inner_tables(options: Any) -> list[str]:
-    """Return the tables of the models that stand in a model's fields, alone or in lists."""
-    inner = {name: next(iter(get_args(f.annotation)), f.annotation) for name, f in options.model_fields.items()}
-    return [
-        line for name, model in inner.items() if hasattr(model, "model_fields") for line in (f"`{name}`:", "", *table(model))
-    ]
+    """Return the tables of the models that stand in a model's fields."""
+    lines = []
+    for name, field in options.model_fields.items():
+        models = inner_models(field.annotation)
+        for model in models:
+            which = (
+                "".join(f" with `watch: {kind}`" for kind in get_args(model.model_fields["watch"].annotation))
+                if models[1:]
+                else ""
+            )
+            lines += [f"`{name}`{which}:", "", *table(model)]
+    return lines
 
 
 def page() -> str:

@@ -23,6 +23,7 @@ STEPS: Final[Mapping[str, str]] = {
 ROUTERS: Final[Mapping[str, str]] = {
     "ab": "servinggraph.routers.ab:Ab",
     "bandit": "servinggraph.routers.bandit:Bandit",
+    "canary": "servinggraph.routers.canary:Canary",
     "choice": "servinggraph.routers.choice:Choice",
     "cycle": "servinggraph.routers.cycle:Cycle",
     "fallback": "servinggraph.routers.fallback:Fallback",

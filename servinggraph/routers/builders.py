@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from servinggraph.interfaces import NodeSketch
 
-__all__ = ["Ab", "Bandit", "Chain", "Champion", "Choice", "Cycle", "Ensemble", "Fallback", "Filter", "Map", "Model"]
+__all__ = ["Ab", "Bandit", "Canary", "Chain", "Champion", "Choice", "Cycle", "Ensemble", "Fallback", "Filter", "Map", "Model"]
 
 
 def Ab(  # noqa: N802  (reads as the kind that it makes)
@@ -34,6 +34,26 @@ def Bandit(  # noqa: N802
         options: keys of the `bandit` router and of any node: `epsilon`, `features`, `scorer`, `state`, ...
     """
     return NodeSketch("router", "bandit", {"policy": policy, **options}, dict(branches))
+
+
+def Canary(  # noqa: N802
+    branches: Mapping[str, NodeSketch | Callable[..., Any]],
+    baseline: str,
+    challenger: str,
+    steps: Sequence[str | float | Mapping[str, Any]],
+    **options: Any,
+) -> NodeSketch:
+    """Return a canary router for the builder.
+
+    Args:
+        branches: name to step, router or plain function: two.
+        baseline: the branch that is replaced if all goes well.
+        challenger: the branch under trial.
+        steps: the challenger's share in each step, rising: "1%", or `{"share": "1%", "hold": "1h"}`.
+        options: keys of the `canary` router and of any node: `hold`, `guardrails`, `key`, `state`, ...
+    """
+    given = {"baseline": baseline, "challenger": challenger, "steps": list(steps)}
+    return NodeSketch("router", "canary", {**given, **options}, dict(branches))
 
 
 def Chain(branches: Mapping[str, NodeSketch | Callable[..., Any]], **options: Any) -> NodeSketch:  # noqa: N802
