@@ -39,15 +39,22 @@ class Clients:
         if brokers:
             options = options.model_copy(update={"brokers": brokers})
         self.brokers = options.brokers
-        self._common: dict[str, Any] = {
-            **options.client_settings(), "client_id": self._name, "request_timeout_ms": _REQUEST_MS, "retry_backoff_ms": 100,
-        }  # fmt: skip
+        self._connection = options
+
+    def _common(self) -> dict[str, Any]:
+        # Read anew each time: certificates are replaced while a server runs.
+        settings = self._connection.client_settings()
+        return {**settings, "client_id": self._name, "request_timeout_ms": _REQUEST_MS, "retry_backoff_ms": 100}
 
     def consumer(self) -> AIOKafkaConsumer:
-        """Return a consumer that is not started, and subscribed to nothing."""
+        """Return a consumer that is not started, and subscribed to nothing.
+
+        Raises:
+            OSError: a certificate cannot be read.
+        """
         given = self._options.input
         settings: dict[str, Any] = {
-            **self._common,
+            **self._common(),
             "group_id": given.group,
             "group_instance_id": given.member,
             "auto_offset_reset": given.start,
@@ -72,7 +79,7 @@ class Clients:
         """
         given = self._options.output
         settings: dict[str, Any] = {
-            **self._common,
+            **self._common(),
             "enable_idempotence": True,
             "acks": "all",
             "compression_type": None if given.compression == "none" else given.compression,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ from servinggraph.protocols.kafka.records import Outgoing, Partition, Work
 from servinggraph.protocols.kafka.report import Counts
 
 __all__ = ["AtLeastOnce", "AtMostOnce", "Delivery", "NotWritten"]
+
+logger = logging.getLogger("servinggraph.kafka")
 
 _CLOSE_S: Final = 5.0
 
@@ -95,8 +98,14 @@ class Delivery(ABC):
         """Take what is to be written because of a record; it may be written later, but in this order."""
 
     @abstractmethod
-    async def settle(self, partitions: Sequence[Partition], until: float) -> bool:
-        """Write and commit all that is done, until a moment on the loop's clock; False when not all of it was."""
+    async def settle(self, partitions: Sequence[Partition], until: float, *, lost: bool) -> None:
+        """Let go of partitions: write and commit all that is done, until a moment on the loop's clock.
+
+        Args:
+            partitions: all that this member owned.
+            until: the moment.
+            lost: they belong to another member already: nothing more may be written or committed.
+        """
 
     @abstractmethod
     async def stop(self) -> None:
@@ -203,19 +212,20 @@ class AtLeastOnce(Delivery):
             self.counts.commits += 1
         self.committed_at = self.loop.time()
 
-    async def settle(self, partitions: Sequence[Partition], until: float) -> bool:
-        written = True
-        while self._unwritten and written:
+    async def settle(self, partitions: Sequence[Partition], until: float, *, lost: bool) -> None:
+        self._partitions = set()
+        while self._unwritten and not lost:
             self._written.clear()
             try:
                 await asyncio.wait_for(self._written.wait(), until - self.loop.time())
             except TimeoutError:
-                written = False
-        try:
-            await asyncio.wait_for(self.commit(partitions), max(1.0, until - self.loop.time()))
-        except (TimeoutError, KafkaError):
-            return False
-        return written
+                break
+        if not lost:
+            try:
+                await asyncio.wait_for(self.commit(partitions), max(1.0, until - self.loop.time()))
+            except (TimeoutError, KafkaError) as error:
+                reason = str(error) or type(error).__name__
+                logger.warning("offsets were not committed before partitions went to another member: %s", reason)
 
     async def stop(self) -> None:
         if self._committing is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,20 +11,21 @@ from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from servinggraph.protocols.kafka.budget import Budget
 from servinggraph.protocols.kafka.clients import closed
 from servinggraph.protocols.kafka.delivery import AtLeastOnce, AtMostOnce, Delivery
-from servinggraph.protocols.kafka.records import Partition, Record, Work
+from servinggraph.protocols.kafka.records import Outgoing, Partition, Record, Work
 from servinggraph.protocols.kafka.runner import Runner
+from servinggraph.protocols.kafka.transactions import ExactlyOnce
 
 if TYPE_CHECKING:
     from servinggraph.protocols.kafka.stream import Stream
 
 __all__ = ["Fenced", "Session"]
 
-logger = logging.getLogger("servinggraph.kafka")
-
 _POLL_MS: Final = 500
 _CHUNK: Final = 500
 """Most records that are taken at once: others of the event loop's work goes between."""
 _CLOSE_S: Final = 5.0
+_LAST_S: Final = 1.0
+"""Time to write and commit what ended at the last moment."""
 _AHEAD: Final = 65_536
 """Most records of a partition that may be done behind one that is not, before its reading pauses."""
 
@@ -59,7 +59,7 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
         self.runner = Runner(stream.exchange, stream.addressing, self._options, self._counts, self._deliver, self._fail)
 
     def _make_delivery(self) -> Delivery:
-        kinds: Mapping[str, Any] = {"at_least_once": AtLeastOnce, "at_most_once": AtMostOnce}
+        kinds: Mapping[str, Any] = {"at_least_once": AtLeastOnce, "at_most_once": AtMostOnce, "exactly_once": ExactlyOnce}
         kind = kinds[self._options.delivery]
         made: Delivery = kind(
             self._stream.clients, self.consumer, self._options, self.budget, self._counts, self._room.set, self._fail
@@ -192,7 +192,7 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
             raise Fenced(f"this process stood still for {now - self._alive_at:.1f} s: the group has given its partitions away")
         self._alive_at = now
 
-    async def _deliver(self, work: Work, outgoing: Any) -> None:
+    async def _deliver(self, work: Work, outgoing: Outgoing) -> None:
         # Looked at here as well: what runs first after a standstill may be this.
         if self._loop.time() - self._alive_at > self._options.input.session_timeout_ms / 1e3:
             raise Fenced("this process stood still: the group has given its partitions away")
@@ -226,11 +226,11 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
         if not finished:
             self._counts.abandoned += self.runner.running
             await self.runner.abandon()
-        settled = grace_s > 0 and await self.delivery.settle(partitions, until + 1)
+        await self.delivery.settle(partitions, until + _LAST_S, lost=grace_s <= 0)
         self.partitions.clear()
         self.budget.reset()
         self._room.set()
-        if not settled and self.delivery.unwritten:
+        if self.delivery.unwritten:
             self._fail(Fenced("the broker did not take all answers before the partitions went to another member"))
 
     async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:

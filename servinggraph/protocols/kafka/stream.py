@@ -88,10 +88,11 @@ class Stream:
     async def _run(self) -> None:
         failures = 0
         while not self._stop.is_set():
-            self._session = session = Session(self)
             began = self._loop.time()
-            watching = self._loop.create_task(self._watch(session), name="kafka-watch")
+            watching: asyncio.Task[None] | None = None
             try:
+                self._session = session = Session(self)
+                watching = self._loop.create_task(self._watch(session), name="kafka-watch")
                 await session.run(self._stop)
             except Exception as error:
                 failures = 1 if self._loop.time() - began > 2 * _MOST_S else failures + 1
@@ -103,8 +104,9 @@ class Stream:
                 except TimeoutError:
                     pass
             finally:
-                watching.cancel()
-                await asyncio.wait({watching})
+                if watching is not None:
+                    watching.cancel()
+                    await asyncio.wait({watching})
         self.changed("stopped")
 
     def _failed(self, error: Exception, pause_s: float) -> None:

@@ -1,0 +1,196 @@
+"""Exactly once: answers and offsets are written in transactions, a producer for each input partition.
+
+Each input partition has a transactional id of its own, made of group, topic and partition: whoever
+gets the partition begins by fencing off the member that had it before, whose open transaction the
+broker undoes (Kafka's way before KIP-447, which aiokafka does not have). So what a member that lost
+its partitions still writes is seen by nobody who reads committed records.
+
+A partition's answers are written in the order of its records: were one written before an earlier
+one is done, a crash between would have it written again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Final
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError, ProducerFenced
+
+from servinggraph.protocols.kafka.clients import closed
+from servinggraph.protocols.kafka.delivery import Delivery, NotWritten
+from servinggraph.protocols.kafka.records import Outgoing, Partition, Work
+
+__all__ = ["ExactlyOnce"]
+
+_CLOSE_S: Final = 5.0
+
+
+class ExactlyOnce(Delivery):
+    """Every record that was read has its answer in the output once, whatever crashes; for readers of committed records."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._writers: dict[Partition, _Writer] = {}
+
+    async def start(self) -> None:
+        return
+
+    async def assigned(self, partitions: Sequence[Partition]) -> None:
+        await self._end_writers()
+        self._writers = {partition: _Writer(self, partition) for partition in partitions}
+        await asyncio.gather(*(writer.start() for writer in self._writers.values()))
+        for partition in partitions:
+            # Asked once the member before is fenced off: until then it could commit.
+            committed = await self.consumer.committed(partition.place)
+            if committed is not None:
+                self.consumer.seek(partition.place, committed)
+
+    async def deliver(self, work: Work, outgoing: Outgoing) -> None:
+        partition = work.partition
+        writer = self._writers.get(partition)
+        if writer is None:
+            return  # let go meanwhile: it is read again by whoever has it now
+        partition.results[work.record.offset] = work, outgoing
+        passed = partition.offsets.finish(work.record.offset)
+        if passed:
+            writer.add([partition.results.pop(offset) for offset in passed])
+
+    async def settle(self, partitions: Sequence[Partition], until: float, *, lost: bool) -> None:
+        if not lost:
+            await asyncio.gather(*(writer.empty(until) for writer in self._writers.values()))
+        await self._end_writers()
+
+    async def stop(self) -> None:
+        await self._end_writers()
+
+    async def _end_writers(self) -> None:
+        writers, self._writers = list(self._writers.values()), {}
+        await asyncio.gather(*(writer.stop() for writer in writers))
+
+
+class _Writer:
+    """Writes one partition's answers, one transaction after the other."""
+
+    def __init__(self, delivery: ExactlyOnce, partition: Partition) -> None:
+        self._delivery = delivery
+        self._partition = partition
+        self._options = delivery.options.transaction
+        self._group = delivery.options.input.group
+        self._loop = delivery.loop
+        topic, number = partition.place
+        self._producer: AIOKafkaProducer = delivery.clients.producer(f"servinggraph-{self._group}-{topic}-{number}")
+        self._queue: deque[tuple[Work, Outgoing]] = deque()
+        self._filled = asyncio.Event()
+        self._drained = asyncio.Event()
+        self._drained.set()
+        self._hurry = False
+        self._in_transaction = False
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Fence off whoever had the partition, and begin.
+
+        Raises:
+            KafkaError: the brokers refuse.
+        """
+        await self._producer.start()
+        self._task = self._loop.create_task(self._run(), name="kafka-transactions")
+
+    def add(self, results: Sequence[tuple[Work, Outgoing]]) -> None:
+        """Take the next answers, in the order of their records."""
+        self._queue.extend(results)
+        self._drained.clear()
+        self._filled.set()
+
+    async def empty(self, until: float) -> None:
+        """Write what there is, at once; give up at a moment on the loop's clock."""
+        self._hurry = True
+        self._filled.set()
+        try:
+            await asyncio.wait_for(self._drained.wait(), until - self._loop.time())
+        except TimeoutError:
+            pass
+
+    async def stop(self) -> None:
+        """End; a transaction that is open is undone."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+        if self._in_transaction:
+            try:
+                await asyncio.wait_for(self._producer.abort_transaction(), _CLOSE_S)
+            except (TimeoutError, KafkaError):
+                pass  # the next owner's producer undoes it, or the broker when its time is up
+        await closed(self._producer, _CLOSE_S)
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                await self._filled.wait()
+                if self._queue:
+                    await self._transaction()
+                if not self._queue:
+                    self._filled.clear()
+                    self._drained.set()
+        except Exception as error:
+            self._delivery.fail(error)
+
+    async def _transaction(self) -> None:
+        """Write answers and their offset, as one.
+
+        Raises:
+            NotWritten: the broker did not take a record.
+            KafkaError: fenced off, or the brokers refuse.
+        """
+        producer = self._producer
+        await producer.begin_transaction()
+        self._in_transaction = True
+        written: list[tuple[Work, Outgoing]] = []
+        acknowledged: list[asyncio.Future[Any]] = []
+        end = self._loop.time() + self._options.interval_ms / 1e3
+        while True:
+            while self._queue and len(written) < self._options.records:
+                work, outgoing = self._queue.popleft()
+                written.append((work, outgoing))
+                acknowledged.append(await self._write(work, outgoing))
+            left = end - self._loop.time()
+            if len(written) >= self._options.records or self._hurry or left <= 0:
+                break
+            self._filled.clear()
+            try:
+                await asyncio.wait_for(self._filled.wait(), left)
+            except TimeoutError:
+                break
+        # aiokafka would commit a transaction of which a record was refused.
+        for (work, outgoing), future in zip(written, acknowledged, strict=True):
+            try:
+                await future
+            except ProducerFenced:
+                raise
+            except KafkaError as error:
+                raise NotWritten(work, outgoing, error) from error
+        place, position = self._partition.place, written[-1][0].record.offset + 1
+        await producer.send_offsets_to_transaction({place: position}, self._group)
+        await producer.commit_transaction()
+        self._in_transaction = False
+        self._partition.offsets.committed = position
+        delivery = self._delivery
+        delivery.counts.commits += 1
+        delivery.committed_at = self._loop.time()
+        for work, outgoing in written:
+            delivery.done(work, outgoing)
+        self._filled.set()
+
+    async def _write(self, work: Work, outgoing: Outgoing) -> asyncio.Future[Any]:
+        try:
+            future: asyncio.Future[Any] = await self._producer.send(
+                outgoing.topic, outgoing.value, outgoing.key, outgoing.partition, headers=outgoing.headers
+            )
+        except ProducerFenced:
+            raise
+        except (KafkaError, AssertionError) as error:  # an assertion: no such partition
+            raise NotWritten(work, outgoing, error) from error
+        return future

@@ -1,0 +1,95 @@
+"""What each delivery promises, on a real broker."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.anyio
+
+path = str(Path(__file__).with_name("conftest.py"))
+here = next(module for module in sys.modules.values() if getattr(module, "__file__", None) == path)
+body, values, header, until, double = here.body, here.values, here.header, here.until, here.double
+
+
+def numbers(records):
+    return [values(record)[0] for record in records]
+
+
+async def test_exactly_once_writes_answers_and_offsets_together(kit):
+    kafka = await kit.options(partitions=2, delivery="exactly_once", transaction={"records": 10, "interval_ms": 20})
+    async with kit.serve(double, kafka) as served:
+        await kit.send(served.input, *((b"%d" % (i % 7), body(i)) for i in range(100)))
+        answers = await kit.read(served.output, 100)
+        report = served.report
+
+    assert Counter(2.0 * i for i in range(100)) == Counter(numbers(answers))
+    assert 100 == report["produced"]
+    assert 10 <= report["commits"] <= 100
+    assert 100 == await served.committed(0) + await served.committed(1)
+
+
+async def test_exactly_once_writes_a_partition_s_answers_in_the_order_of_its_records(kit):
+    gates = [asyncio.Event() for _ in range(4)]
+    ended = []
+
+    async def wait(value):
+        number = int(value["x"][0])
+        await gates[number].wait()
+        ended.append(number)
+        return {"y": value["x"]}
+
+    kafka = await kit.options(delivery="exactly_once", transaction={"interval_ms": 10})
+    async with kit.serve(wait, kafka) as served:
+        await kit.send(served.input, *((bytes([i]), body(i)) for i in range(4)))
+        for number in (3, 1, 0, 2):
+            gates[number].set()
+            await until(lambda number=number: number in ended)
+        answers = await kit.read(served.output, 4)
+
+    assert [0.0, 1.0, 2.0, 3.0] == numbers(answers)
+
+
+async def test_exactly_once_has_dead_letters_in_the_same_transaction(kit):
+    kafka = await kit.options(delivery="exactly_once")
+    async with kit.serve(double, kafka) as served:
+        await kit.send(served.input, body(1), b"nonsense", body(2))
+        assert [2.0, 4.0] == numbers(await kit.read(served.output, 2))
+        (letter,) = await kit.read(served.dead, 1)
+
+    assert b"nonsense" == letter.value
+    assert 3 == await served.committed()
+
+
+async def test_at_most_once_commits_before_it_runs(kit):
+    begun = []
+
+    async def never(value):
+        begun.append(value)
+        await asyncio.Event().wait()
+
+    kafka = await kit.options(delivery="at_most_once")
+    async with kit.serve(never, kafka) as served:
+        await kit.send(served.input, body(1), body(2))
+        await until(lambda: len(begun) == 2)
+        assert 2 == await served.committed()
+
+
+async def test_a_broker_that_goes_away_is_waited_for_with_a_few_log_lines_and_nothing_is_lost_or_doubled(kit, caplog):
+    kafka = await kit.options(delivery="exactly_once", transaction={"interval_ms": 20})
+    async with kit.serve(double, kafka) as served:
+        await kit.send(served.input, *(body(i) for i in range(50)))
+        await kit.read(served.output, 50)
+        kit.broker.kill()
+        await asyncio.sleep(1)
+        await asyncio.to_thread(kit.broker.restart)
+        await kit.send(served.input, *(body(i) for i in range(50, 100)))
+        answers = await kit.read(served.output, 100)
+
+    assert Counter(2.0 * i for i in range(100)) == Counter(numbers(answers))
+    lines = [record for record in caplog.records if record.name == "servinggraph.kafka"]
+    assert len(lines) < 20, lines
