@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from time import perf_counter_ns
 from typing import Any, Final
 
 from servinggraph.context import Context, Headers
@@ -66,6 +67,7 @@ class Exchange:
             asyncio.CancelledError: the task was cancelled.
         """
         context = Context()
+        context.arrived = perf_counter_ns()
         self._admission.enter()
         try:
             return await self._answer(work, context)
@@ -97,8 +99,9 @@ class Exchange:
         until = self.deadline_of(headers)
         if until is not None and until <= self._wall():
             raise DeadlineExceeded(f"Request timeout expired: its deadline ('{names.DEADLINE}') passed before it could run")
-        graph = self._find(headers)
+        graph = work.graph = self._find(headers)
         context.graph = graph.plan.name
+        context.version = headers.get(names.VERSION, b"").decode("utf-8", "replace")
         if graph.tracer is not None:
             graph.tracer.pick(graph, context, "KAFKA_READ")
         decoded = await self._decode(work, graph)
@@ -121,7 +124,10 @@ class Exchange:
             context.deadline = end if context.deadline is None else min(end, context.deadline)
         response = await infer(graph, request, context)
         try:
-            return decoded.encode(response)
+            answer = decoded.encode(response)
+            if graph.traffic is not None:
+                graph.traffic["kafka"].succeeded(context)
+            return answer
         except Exception as error:  # an answer that cannot be encoded
             graph.executor.statistics.answer_failed()
             if isinstance(error, StepFailed):
@@ -161,12 +167,16 @@ class Exchange:
         finally:
             graph.leave()
 
+    def given_up(self, work: Work, error: ServingGraphError) -> None:
+        """Count a record that gets no answer."""
+        if work.graph is None:
+            self._serving.refused("kafka", error)
+        elif work.graph.traffic is not None:
+            work.graph.traffic["kafka"].failed(error.code.value)
+
     def version_of(self, work: Work) -> str:
         """Return the version of the graph that a record is for; empty when there is none."""
-        try:
-            return self._find(work.headers).plan.version
-        except ServingGraphError:
-            return ""
+        return "" if work.graph is None else work.graph.plan.version
 
     def deadline_of(self, headers: Mapping[str, bytes]) -> float | None:
         """Return when a record's answer becomes worthless, seconds since 1970; None without a limit.

