@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from servinggraph.cli.compare import compare
 from servinggraph.cli.graph import check, plot, schema
 from servinggraph.cli.kafka import kafka
 from servinggraph.cli.project import init
@@ -35,5 +36,5 @@ def version() -> None:
             continue
 
 
-for command in (serve, check, plot, schema, init, kafka):
+for command in (serve, check, plot, schema, init, compare, kafka):
     main.add_command(command)

@@ -77,7 +77,7 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int):
         return value if not isinstance(value, int) or abs(value) < 2**63 else str(value)[:_TEXT]
     if isinstance(value, float):
-        return value if isfinite(value) else str(value)
+        return float(f"{value:.6g}") if isfinite(value) else str(value)
     if isinstance(value, bytes):
         value = value[: 4 * _TEXT].decode("utf-8", "replace")
     elif not isinstance(value, str):

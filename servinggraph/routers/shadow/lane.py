@@ -84,13 +84,14 @@ class Copy:
 
     __slots__ = (
         "answer", "champion_ns", "graph", "handler", "headers", "held", "id", "offered", "parameters", "priority", "record",
-        "size", "value",
+        "route", "size", "value", "version",
     )  # fmt: skip
 
     def __init__(self, value: Any, context: Context, answer: Any, champion_ns: int, handler: Handler, record: Record) -> None:
         self.value = value
         self.id, self.headers, self.parameters = context.id, context.headers, context.parameters
         self.priority, self.graph = context.priority, context.graph
+        self.route, self.version = context.route, context.version
         self.answer = answer
         self.champion_ns = champion_ns
         self.handler = handler
@@ -109,6 +110,7 @@ class ShadowContext(Context):
         super().__init__(
             of.id, deadline=deadline, headers=of.headers, parameters=of.parameters, priority=of.priority, graph=of.graph
         )
+        self.route, self.version = of.route, of.version
 
     @property
     def shadow(self) -> bool:
