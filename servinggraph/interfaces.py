@@ -38,11 +38,15 @@ __all__ = [
     "Selector",
     "SequencePolicy",
     "Step",
+    "Tensors",
 ]
 
 Handler = Callable[[Any, Context], Awaitable[Any]]
 """The one contract of the kernel: an async callable from (value, context) to a value."""
 
+
+Tensors = Mapping[str, TensorSpec] | None
+"""Tensors known to be on an edge; None when nothing is known of the value there."""
 
 OptionsT = TypeVar("OptionsT", bound=Options)
 
@@ -250,6 +254,19 @@ class Router(ABC, Generic[OptionsT]):
         self.base = base
         self.host: RouterHost | None = None
         self.revision = 0
+
+    @classmethod
+    def reaching(cls, branch: str, options: Mapping[str, Any], given: Tensors, before: Mapping[str, Signature]) -> Tensors:
+        """Return the tensors that reach a branch, as far as known; asked for by the compiler before there is a router.
+
+        Args:
+            branch: its name.
+            options: the router's keys, not yet checked.
+            given: tensors that reach the router; None when nothing is known of them.
+            before: the branches before it, with what they take and give.
+        """
+        del branch, options  # for routers that tell their branches apart
+        return list(before.values())[-1].outputs if cls.in_sequence and before else given
 
     @abstractmethod
     def signature(self, branches: Mapping[str, Signature]) -> Signature:

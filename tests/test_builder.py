@@ -67,7 +67,7 @@ def test_a_built_graph_answers(model):
     with graph.mock() as server:
         reply = server.infer(x=np.array([[1, 2, 3, 4]], "f4"))
     assert [[4, 8, 12, 16]] == reply.outputs["y"].tolist()
-    assert "a,b" == reply.parameters["ensemble.answered"]
+    assert "a,b" == reply.parameters["ensemble.members"]
 
 
 def round_trip(graph, path):

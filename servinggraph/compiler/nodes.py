@@ -7,6 +7,7 @@ against what reaches it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from servinggraph.compiler.labels import declared_outputs
 from servinggraph.compiler.options import validated
 from servinggraph.errors import GraphInvalid, Problem, nearest
 from servinggraph.importing import ImportProblem
-from servinggraph.interfaces import BatchPolicy, Router, Step
+from servinggraph.interfaces import BatchPolicy, Router, Step, Tensors
 from servinggraph.plan import PlanNode
 from servinggraph.policies import Guards
 from servinggraph.registry import kinds, load_kind
@@ -24,9 +25,6 @@ from servinggraph.spec.source import KeyPath
 from servinggraph.tensors import Signature, TensorSpec
 
 __all__ = ["NodeCompiler", "Tensors", "deciding_router", "undecided"]
-
-Tensors = Mapping[str, TensorSpec] | None
-"""Tensors known to be on an edge; None when nothing is known of the value there."""
 
 
 @dataclass
@@ -160,14 +158,16 @@ class NodeCompiler:
         branches: dict[str, PlanNode] = {}
         if not spec.branches:
             self._report("a router needs 'branches'", path, name)
-        in_sequence = self._runs_in_sequence(spec)
+        reaching = self._reaching(spec)
+        before: dict[str, Signature] = {}
         for short, branch in (spec.branches or {}).items():
             place = (*path, "branches", short)
             if reason := name_problem(short, "branch"):
                 self._report(reason, place, f"{name}.{short}")
             if branch.after is not None:
                 self._report("a branch has no 'after': its router decides when it runs", (*place, "after"), f"{name}.{short}")
-            node = self.node(f"{name}.{short}", branch, place, (), inside)
+            node = self.node(f"{name}.{short}", branch, place, (), reaching(short, spec.extra, inside, before))
+            before[short] = Signature() if node is None else node.signature
             if node is not None and node.streams:
                 text = (
                     "is a generator, and a router takes one value of each branch: put the generator before or behind the router"
@@ -175,19 +175,16 @@ class NodeCompiler:
                 self._report(text, place, f"{name}.{short}")
             elif node is not None:
                 branches[short] = node
-            if in_sequence:
-                inside = node.signature.outputs if node is not None else None
         return branches
 
     @staticmethod
-    def _runs_in_sequence(spec: NodeSpec) -> bool:
-        """Tell whether each branch gets what the one before it gives; a kind that is not there is reported elsewhere."""
-        if spec.router not in kinds("routers"):
-            return False
-        try:
-            return bool(load_kind("routers", spec.router).in_sequence)
-        except ImportProblem:
-            return False
+    def _reaching(spec: NodeSpec) -> Callable[..., Tensors]:
+        """Return what tells the tensors that reach a branch; a kind that is not there is reported elsewhere."""
+        reaching: Callable[..., Tensors] = Router.reaching
+        if spec.router in kinds("routers"):
+            with suppress(ImportProblem):
+                reaching = load_kind("routers", spec.router).reaching
+        return reaching
 
     def _router(
         self, name: str, spec: NodeSpec, path: KeyPath, branches: Mapping[str, PlanNode]

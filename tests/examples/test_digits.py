@@ -111,7 +111,7 @@ def over_json(port, images):
     def ask(rows):
         status, answer = post(port, json_request(images[rows]))
         assert status == 200, answer
-        assert answer["parameters"] == {"score.answered": "tree,mlp"}
+        assert answer["parameters"] == {"score.members": "tree,mlp"}
         dtypes = {"INT64": np.int64, "FP32": np.float32}
         return {
             tensor["name"]: np.array(tensor["data"], dtypes[tensor["datatype"]]).reshape(tensor["shape"])

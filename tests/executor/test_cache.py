@@ -415,7 +415,7 @@ def test_response_parameters_are_given_again():
     with graph.mock() as server:
         for _ in range(3):
             answer = server.infer(x=[1.0])
-            assert ([3], {"score.answered": "a,b"}) == (answer.outputs["y"].tolist(), answer.parameters)
+            assert ([3], {"score.members": "a,b"}) == (answer.outputs["y"].tolist(), answer.parameters)
     assert 1 == count.calls
 
 
@@ -429,8 +429,8 @@ def test_response_parameters_of_others_are_not_kept():
         first.response_parameters["of another node"] = 1
         await executor.run(x(), first)
         await executor.run(x(), second)
-        assert {"of another node": 1, "score.answered": "a"} == first.response_parameters
-        assert {"score.answered": "a"} == second.response_parameters
+        assert {"of another node": 1, "score.members": "a"} == first.response_parameters
+        assert {"score.members": "a"} == second.response_parameters
         await executor.stop()
 
     asyncio.run(main())

@@ -264,7 +264,7 @@ def expected(case: Case, caller: Caller, answered: Mapping[str, Any]) -> np.ndar
         if node.combine is None:
             (columns[node.name],) = outcomes.values()
             continue
-        members = str(answered[f"{node.name}.answered"]).split(",")
+        members = str(answered[f"{node.name}.members"]).split(",")
         weights = dict(zip(outcomes, node.weights, strict=True))
         if node.combine == "sum":
             columns[node.name] = sum(outcomes[member] for member in members)

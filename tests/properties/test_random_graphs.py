@@ -45,7 +45,7 @@ class Run(running.Run):
             if node.combine is None:
                 assert not self._must_fail(node.works[0], caller), f"{node.name} had to fail"
                 continue
-            for told in str(answered[f"{node.name}.answered"]).split("; "):
+            for told in str(answered[f"{node.name}.members"]).split("; "):
                 members = told.split(",")
                 assert len(members) >= (node.quorum or len(node.works))
                 for work in node.works:

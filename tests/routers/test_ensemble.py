@@ -210,13 +210,13 @@ def test_with_a_quorum_the_members_that_answered_are_weighted_anew_and_named() -
     graph = graph_of(members, "weighted_mean", weights={"a": 2, "b": 5, "c": 1}, quorum=2)
     result = asyncio.run(answer(graph, context))
     assert [2.0] == result["y"].tolist()
-    assert {"score.answered": "a,c"} == context.response_parameters
+    assert {"score.members": "a,c", "score.weights": "a=0.6667,c=0.3333"} == context.response_parameters
 
 
 def test_all_answers_are_named_where_all_answered() -> None:
     context = Context()
     asyncio.run(answer(graph_of({"a": gives(1), "b": gives(1)}), context))
-    assert {"score.answered": "a,b"} == context.response_parameters
+    assert {"score.members": "a,b"} == context.response_parameters
 
 
 def test_a_slow_member_is_missing_after_its_timeout(run: Run, manual_clock: ManualClock) -> None:
@@ -230,7 +230,7 @@ def test_a_slow_member_is_missing_after_its_timeout(run: Run, manual_clock: Manu
         assert not running.done()
         await manual_clock.advance(0.001)
         assert [2.0] == (await running)["y"].tolist()
-        assert "a,c" == context.response_parameters["score.answered"]
+        assert "a,c" == context.response_parameters["score.members"]
         await executor.stop()
 
     run(check())
@@ -277,7 +277,7 @@ def test_a_batched_member_that_refuses_is_missing_like_any_other(run: Run, manua
         running = [asyncio.ensure_future(executor.run(value, context)) for context in contexts]
         await manual_clock.advance(5)
         results = [(await request)["y"].tolist() for request in running]
-        answered = [context.response_parameters["score.answered"] for context in contexts]
+        answered = [context.response_parameters["score.members"] for context in contexts]
         assert {"slow,fine": [[5.0]], "fine": [[1.0]]} == dict(zip(answered, results, strict=True))
         strict = await started(graph_of({"slow": slow, "fine": fine}))
         running = [asyncio.ensure_future(strict.run(value, Context())) for _ in range(4)]
@@ -367,7 +367,7 @@ def test_a_member_cannot_change_the_others_input() -> None:
     value = {"x": np.zeros((1, 1), "f4")}
     result = asyncio.run(answer(graph_of({"a": writes, "b": looks}, quorum=1), context, value))
     assert [0.0] == result["y"].tolist()
-    assert "b" == context.response_parameters["score.answered"]
+    assert "b" == context.response_parameters["score.members"]
     with pytest.raises(StepFailed, match=r"score\.a.*read-only"):
         combined({"a": writes, "b": looks})
 
@@ -384,11 +384,12 @@ def test_a_member_cannot_change_the_others_input() -> None:
         ("weighted_mean", {"weights": {"a": 1, "b": -1}}, "must be 0 or more"),
         ("weighted_mean", {"weights": {"a": 0, "b": 0}}, "not all 0"),
         ("weighted_mean", {"weights": {"a": float("nan"), "b": 1}}, "must be 0 or more"),
-        ("mean", {"weights": {"a": 1, "b": 1}}, "takes no 'weights'"),
-        ("mean", {"quorum": 3}, "'quorum' is 3, but there are 2 branches"),
+        ("mean", {"weights": {"a": 1, "b": 1}}, "'combine: mean' does not take it"),
+        ("mean", {"quorum": 3}, "'quorum' is 3, but there are 2 members"),
         ("mean", {"quorum": 0}, "quorum"),
         ("mean", {"tensors": []}, "tensors"),
         ("mode", {}, "unknown rule 'mode'"),
+        ("medain", {}, "did you mean 'median'"),
         ("no.such:thing", {}, "no"),
         (print, {"weights": {"a": 1, "b": 1}}, "'weights' is for"),
         (print, {"tensors": ["y"]}, "'tensors' is for"),
@@ -433,7 +434,7 @@ def test_in_a_batched_ensemble_with_quorum_one_callers_row_costs_no_other_caller
         values = [{"x": np.full((1, 1), number, "f4")} for number in (5, 1, 3, -1, 7)]
         results = await asyncio.gather(*(executor.run(value, context) for value, context in zip(values, contexts, strict=True)))
         assert [7.0, 5.0, 6.0, 9.0, 8.0] == [result["y"].item() for result in results]
-        answered = [context.response_parameters["score.answered"] for context in contexts]
+        answered = [context.response_parameters["score.members"] for context in contexts]
         assert ["a,b", "a,b", "a,b", "b", "a,b"] == answered
         await executor.stop()
 
@@ -446,7 +447,7 @@ def test_a_request_in_pieces_tells_all_its_members_where_the_pieces_differ() -> 
     graph = graph_of({"a": poisoned, "b": nine}, quorum=1, batch={"max_rows": 2})
     result = asyncio.run(answer(graph, context, value))
     assert [5.0, 5.0, 9.0] == result["y"][:, 0].tolist()
-    assert {"score.answered": "a,b; b"} == context.response_parameters
+    assert {"score.members": "a,b; b"} == context.response_parameters
 
 
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ml_dtypes.bfloat16])
@@ -481,9 +482,9 @@ def test_labels_have_no_median() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"combine": "trimmed_mean"}, "belong together"),
-        ({"combine": "median", "trim": 0.1}, "belong together"),
-        ({"combine": "median", "weights": {"a": 1, "b": 1}}, "takes no 'weights'"),
+        ({"combine": "trimmed_mean"}, "'combine: trimmed_mean' needs 'trim'"),
+        ({"combine": "median", "trim": 0.1}, "'trim' is for trimmed_mean; 'combine: median' does not take it"),
+        ({"combine": "median", "weights": {"a": 1, "b": 1}}, "'weights' is for weighted_mean, vote, soft_vote"),
         ({"combine": "mean", "wait": "quorum"}, "needs 'quorum'"),
         ({"combine": "trimmed_mean", "trim": 0.5}, "trim"),
     ],
@@ -521,7 +522,7 @@ def test_with_wait_quorum_the_first_answers_are_enough_and_the_others_are_cancel
             assert not request.done()
             await manual_clock.advance(0.06)
             reply = await request
-            assert ([2.0], "one,two") == (reply.outputs["y"].tolist(), reply.parameters["n.answered"])
+            assert ([2.0], "one,two") == (reply.outputs["y"].tolist(), reply.parameters["n.members"])
             assert (["1", "3", "100"], 0) == (ended, server.in_flight)
 
     run(check())

@@ -92,7 +92,7 @@ async def test_items_go_through_batches_and_ensembles_behind(streaming):
         got = await all_of(client.stream(X))
 
     assert [[12], [13], [14]] == [answer.outputs["y"] for answer in got]
-    assert [{"step2.answered": "a,b"}] * 3 == [answer.parameters for answer in got]
+    assert [{"step2.members": "a,b"}] * 3 == [answer.parameters for answer in got]
 
 
 async def test_text_streams(streaming):
