@@ -130,6 +130,7 @@ class Step(ABC, Generic[OptionsT]):
         keeps_state: True when the step keeps something in `context.sequences`; set by `prepare`.
         unbatchable: why the step cannot be batched, where its tensors do not say so; set by `prepare`.
         declared_outputs: outputs that the definition declares, names as the step gives them; set before `prepare`.
+        conceal: puts `${NAME}` in place of what came from the environment, in a text for people; set before `prepare`.
     """
 
     options_type: ClassVar[type[Options]]
@@ -139,6 +140,7 @@ class Step(ABC, Generic[OptionsT]):
     keeps_state: bool = False
     unbatchable: str | None = None
     declared_outputs: Mapping[str, TensorSpec] | None = None
+    conceal: Callable[[str], str] = str
 
     def __init__(self, name: str, options: OptionsT, base: Path) -> None:
         self.name = name

@@ -18,6 +18,7 @@ __all__ = ["PROTOCOLS", "ROUTERS", "STEPS", "kinds", "load_kind"]
 STEPS: Final[Mapping[str, str]] = {
     "onnx": "servinggraph.steps.onnx:Onnx",
     "python": "servinggraph.steps.python:Python",
+    "rest": "servinggraph.steps.remote:Rest",
     "v2": "servinggraph.steps.remote:V2",
 }
 ROUTERS: Final[Mapping[str, str]] = {

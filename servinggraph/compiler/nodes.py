@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from servinggraph.compiler.labels import declared_outputs
@@ -144,6 +145,7 @@ class NodeCompiler:
             return None, None
         step: Step[Any] = kind(name, options, self.source.base)
         step.in_sequences = self.sequences
+        step.conceal = partial(self.source.expansion.conceal, path=path)
         if spec.outputs is not None:
             step.declared_outputs = {tensor: model.spec() for tensor, model in spec.outputs.items()}
         try:

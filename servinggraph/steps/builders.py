@@ -35,6 +35,16 @@ def Python(  # noqa: N802
     return NodeSketch("step", "python", {"call": call, **given, **options})
 
 
+def Rest(url: str, **options: Any) -> NodeSketch:  # noqa: N802
+    """Return a step for the builder that asks an HTTP service.
+
+    Args:
+        url: where; `{user.id}` in path or query is a field of the value.
+        options: keys of the `rest` step and of any node: `method`, `send`, `take`, `headers`, `retry`, ...
+    """
+    return NodeSketch("step", "rest", {"url": url, **options})
+
+
 def V2(url: str | Sequence[str], model: str, **options: Any) -> NodeSketch:  # noqa: N802
     """Return a step for the builder that another V2 server runs.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -12,7 +13,10 @@ from servinggraph.context import ParameterValue
 from servinggraph.errors import InvalidRequest
 from servinggraph.tensors import Array, datatype_of
 
-__all__ = ["Call", "Transport", "plain_bytes", "sendable"]
+__all__ = ["Call", "Transport", "close_on", "plain_bytes", "sendable"]
+
+_CLOSE_S: Final = 10
+"""Longest time to close connections."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,3 +91,8 @@ def plain_bytes(array: Array) -> Array:
     made = np.empty(len(elements), dtype=object)
     made[:] = elements
     return made.reshape(array.shape)
+
+
+def close_on(loop: asyncio.AbstractEventLoop, closing: Coroutine[Any, Any, None]) -> None:
+    """Run on the event loop what closes connections that were made there, and wait for it; called in a thread."""
+    asyncio.run_coroutine_threadsafe(closing, loop).result(_CLOSE_S)

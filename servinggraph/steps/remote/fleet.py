@@ -45,7 +45,8 @@ class Fleet:
             deadline: when its time is up, on the loop's clock; None without a limit.
 
         Raises:
-            ServingGraphError: what came of it in the end.
+            CallFailed: what came of it in the end.
+            InvalidRequest: it cannot be sent.
         """
         tried: list[Member[Endpoint]] = []
         last: CallFailed | None = None
@@ -58,7 +59,7 @@ class Fleet:
                 if failure.sent and not (self._idempotent and failure.unhealthy):
                     break
         assert last is not None  # there is one address at least
-        raise last.error from last.__cause__
+        raise last
 
     async def _once(self, member: Member[Endpoint], call: Call, deadline: float | None) -> dict[str, Array]:
         if deadline is not None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from pydantic import SecretStr
 
-__all__ = ["forwarded", "plain_headers"]
+__all__ = ["Secrets", "forwarded", "plain_headers"]
 
 _NAME: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _VALUE: Final = re.compile(r"[\x20-\x7e\t]*")
@@ -47,3 +47,25 @@ def forwarded(headers: Mapping[str, str], names: Sequence[str]) -> dict[str, str
         if value is not None and name not in _OWN and _VALUE.fullmatch(value):
             found[name] = value
     return found
+
+
+class Secrets:
+    """Takes secrets out of what other servers say: some quote what they were sent.
+
+    Args:
+        values: secret texts; their words are secret, too, unless they are short.
+    """
+
+    def __init__(self, values: Iterable[str]) -> None:
+        words = {word for value in values for word in (value, *value.split()) if len(word) >= _LONG_ENOUGH}
+        self._words = sorted(words, key=len, reverse=True)
+
+    def hide(self, text: str) -> str:
+        """Return the text without them."""
+        for word in self._words:
+            text = text.replace(word, "***")
+        return text
+
+
+_LONG_ENOUGH: Final = 8
+"""Shorter words, `Bearer` say, are in texts by accident."""

@@ -1,27 +1,17 @@
-"""HTTP to other servers: one pool of connections, answers of bounded size, failures told apart; V2 over it.
-
-Bodies are Triton's client's, connections aiohttp's: Triton's own asynchronous client reads answers of any size, and does
-not say whether a request that failed was sent.
-"""
+"""HTTP to other servers: one pool of connections, answers of bounded size, failures told apart."""
 
 from __future__ import annotations
 
 import ssl
 from collections.abc import Mapping
-from typing import Any, NamedTuple
-from urllib.parse import quote
+from typing import NamedTuple
 
 import aiohttp
-import orjson
-from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 from yarl import URL
 
-from servinggraph.steps.remote.calls import Call, plain_bytes, sendable
-from servinggraph.steps.remote.endpoints import Endpoint
-from servinggraph.steps.remote.failures import broken, garbage, refused, unreachable
-from servinggraph.tensors import Array
+from servinggraph.steps.remote.failures import broken, garbage, unreachable
 
-__all__ = ["HttpAnswer", "HttpClient", "HttpTransport"]
+__all__ = ["HttpAnswer", "HttpClient"]
 
 
 class HttpAnswer(NamedTuple):
@@ -75,7 +65,7 @@ class HttpClient:
                 method, URL(url, encoded=True), headers=headers, data=body, allow_redirects=False
             ) as answer:
                 return HttpAnswer(answer.status, answer.headers, await self._body(answer, where))
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL) as error:
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise unreachable(where, _reason(error)) from error
         except aiohttp.ClientPayloadError as error:
             raise broken(where, "in the middle of its answer") from error
@@ -98,80 +88,6 @@ class HttpClient:
     async def close(self) -> None:
         """Close all connections."""
         await self._session.close()
-
-
-class HttpTransport:
-    """V2 over HTTP to one server.
-
-    Args:
-        endpoint: the server.
-        model: name of the model.
-        version: its version; empty for the server's choice.
-        client: the pool; closed with this.
-        headers: headers of each request.
-    """
-
-    def __init__(self, endpoint: Endpoint, model: str, version: str, client: HttpClient, headers: Mapping[str, str]) -> None:
-        self._where = str(endpoint)
-        self._client = client
-        self._headers = headers
-        place = f"models/{quote(model, safe='')}" + (f"/versions/{quote(version, safe='')}" if version else "")
-        self._infer_url = f"{endpoint}/v2/{place}/infer"
-        self._ready_url = f"{endpoint}/v2/health/ready"
-
-    async def infer(self, call: Call) -> dict[str, Array]:
-        body, length = _encoded(call)
-        headers = {**call.headers, **self._headers, "Content-Type": "application/octet-stream"}
-        if length is None:
-            headers["Content-Type"] = "application/json"
-        else:
-            headers["Inference-Header-Content-Length"] = str(length)
-        if call.left_s is not None:
-            headers["X-Request-Timeout-Ms"] = f"{call.left_s * 1e3:.3f}"
-        answer = await self._client.call("POST", self._infer_url, headers, body, self._where)
-        if answer.status != 200:
-            raise refused(self._where, answer.status, _error_text(answer.body))
-        return _decoded(answer, self._where)
-
-    async def ready(self) -> bool:
-        answer = await self._client.call("GET", self._ready_url, self._headers, None, self._where)
-        return answer.status == 200
-
-    async def close(self) -> None:
-        await self._client.close()
-
-
-def _encoded(call: Call) -> tuple[bytes, int | None]:
-    inputs = []
-    for name, value in call.inputs.items():
-        array, datatype = sendable(name, value)
-        inputs.append(InferInput(name, list(array.shape), datatype).set_data_from_numpy(array))
-    body, length = InferenceServerClient.generate_request_body(
-        inputs,
-        outputs=[InferRequestedOutput(name) for name in call.outputs] or None,
-        request_id=call.id,
-        timeout=None if call.left_s is None else max(1, int(call.left_s * 1e6)),
-        parameters=dict(call.parameters) or None,
-    )
-    return body, length
-
-
-def _decoded(answer: HttpAnswer, where: str) -> dict[str, Array]:
-    try:
-        length = answer.headers.get("Inference-Header-Content-Length")
-        result = InferenceServerClient.parse_response_body(answer.body, header_length=length)
-        names = [output["name"] for output in result.get_response()["outputs"]]
-        return {name: plain_bytes(result.as_numpy(name)) for name in names}
-    except Exception as error:  # whatever Triton's client stumbles over is no V2 answer
-        raise garbage(where, f"it is no V2 answer: {type(error).__name__}: {error}") from error
-
-
-def _error_text(body: bytes) -> str:
-    try:
-        document: Any = orjson.loads(body)
-        return str(document["error"])
-    except (ValueError, KeyError, TypeError):
-        return body[:2000].decode("utf-8", "replace")
 
 
 def _reason(error: Exception) -> str:

@@ -14,10 +14,11 @@ from servinggraph.errors import GraphInvalid, InvalidRequest, Problem, StepFaile
 from servinggraph.interfaces import BatchPolicy, Operation, Options, Step
 from servinggraph.spec import TensorModel
 from servinggraph.steps.remote.balancing import Ejection
-from servinggraph.steps.remote.calls import Call, Transport
+from servinggraph.steps.remote.calls import Call, Transport, close_on
 from servinggraph.steps.remote.endpoints import Endpoint, endpoint_of
+from servinggraph.steps.remote.failures import CallFailed
 from servinggraph.steps.remote.fleet import Fleet
-from servinggraph.steps.remote.headers import forwarded, plain_headers
+from servinggraph.steps.remote.headers import Secrets, forwarded, plain_headers
 from servinggraph.steps.remote.metadata import Mismatch, NoMetadata, compare, fetch_metadata
 from servinggraph.tensors import Signature, TensorSpec
 
@@ -147,19 +148,24 @@ class V2(Step[V2Options]):
         transports = {endpoint: self._transport(endpoint) for endpoint in self._endpoints}
         fleet = self._fleet = Fleet(self.name, transports, options.ejection, idempotent=options.idempotent)
         outputs = tuple(self.declared_outputs or ())
+        hide = Secrets(self._headers.values()).hide
 
         async def infer(value: Any, context: Context) -> Any:
             tensors = self._chosen(value)
             headers = forwarded(context.headers, self._passed)
             call = Call(tensors, outputs, context.id, None, headers, self._parameters(context.parameters))
-            return await fleet.infer(call, context.deadline)
+            try:
+                return await fleet.infer(call, context.deadline)
+            except CallFailed as failure:
+                failure.error.message = hide(failure.error.message)
+                raise failure.error from failure.__cause__
 
         return Operation(infer, suspends=True)
 
     def _transport(self, endpoint: Endpoint) -> Transport:
         options = self.options
         if endpoint.protocol == "grpc":
-            from servinggraph.steps.remote.grpc import GrpcTransport
+            from servinggraph.steps.remote.v2_grpc import GrpcTransport
 
             return GrpcTransport(
                 endpoint,
@@ -170,7 +176,8 @@ class V2(Step[V2Options]):
                 probe_timeout_s=options.ejection.probe_timeout_ms / 1e3,
                 tls_ca=self._ca,
             )
-        from servinggraph.steps.remote.http import HttpClient, HttpTransport
+        from servinggraph.steps.remote.http import HttpClient
+        from servinggraph.steps.remote.v2_http import HttpTransport
 
         client = HttpClient(options.connections, options.connect_timeout_ms / 1e3, options.max_response_bytes, self._ca)
         return HttpTransport(endpoint, options.model, self._version, client, self._headers)
@@ -178,8 +185,7 @@ class V2(Step[V2Options]):
     def unload(self) -> None:
         fleet, self._fleet = getattr(self, "_fleet", None), None
         if fleet is not None:
-            # Called in a thread: what was made on the event loop ends there.
-            asyncio.run_coroutine_threadsafe(fleet.close(), self._loop).result(_CLOSE_S)
+            close_on(self._loop, fleet.close())
 
     def describe(self) -> str:
         return f"v2 {self.options.model} at {', '.join(map(str, self._endpoints))}"
@@ -201,7 +207,3 @@ class V2(Step[V2Options]):
 
     def _parameters(self, given: Mapping[str, ParameterValue]) -> dict[str, ParameterValue]:
         return {name: given[name] for name in self.options.pass_parameters if name in given}
-
-
-_CLOSE_S = 10
-"""Longest time to close connections."""

@@ -113,6 +113,7 @@ class BadServer:
     def __init__(self, behave: Callable[[socket.socket], None]) -> None:
         self.behave = behave
         self.requests = 0
+        self.seen: list[bytes] = []
         self._socket = socket.create_server(("127.0.0.1", 0))
         self._open: list[socket.socket] = []
         self.port = self._socket.getsockname()[1]
@@ -131,8 +132,9 @@ class BadServer:
 
     def _talk(self, connection: socket.socket) -> None:
         try:
-            while read_request(connection):
+            while request := read_request(connection):
                 self.requests += 1
+                self.seen.append(request)
                 self.behave(connection)
         except OSError:
             pass

@@ -24,6 +24,7 @@ from servinggraph.errors import DeadlineExceeded
 from servinggraph.server import new_event_loop
 
 ROUNDS = 100
+REQUEST = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1], "data": "{x}"}]}
 DEADLINES_MS = (20, 100, 500)
 
 
@@ -53,6 +54,7 @@ def main() -> None:
         other = Other(Path(folder))
         ways: dict[str, Callable[[], Any]] = {
             "v2 over HTTP": lambda: steps.V2(other.http, "slow", metadata="ignore"),
+            "rest": lambda: steps.Rest(f"{other.http}/v2/models/slow/infer", send=REQUEST, outputs={"y": ("FP32", [-1])}),
             "v2 over gRPC": lambda: steps.V2(other.grpc, "slow", metadata="ignore"),
         }
         print(f"{time.strftime('%d %B %Y')}, Python {platform.python_version()}, {platform.system()}, ms after the deadline\n")

@@ -89,7 +89,7 @@ class GrpcTransport:
                 parameters=dict(call.parameters) or None,
             )
         except InferenceServerException as error:
-            raise self._failure(error) from error
+            raise self._failure(error) from None  # it holds all that the other says
         try:
             names = [output.name for output in result.get_response().outputs]
             return {name: plain_bytes(result.as_numpy(name)) for name in names}
@@ -100,7 +100,7 @@ class GrpcTransport:
         try:
             return bool(await self._client.is_server_ready(headers=self._headers, client_timeout=self._probe_timeout_s))
         except InferenceServerException as error:
-            raise self._failure(error) from error
+            raise self._failure(error) from None  # it holds all that the other says
 
     async def close(self) -> None:
         await self._client.close()
