@@ -128,6 +128,7 @@ class Step(ABC, Generic[OptionsT]):
         streams: True, from `prepare` on, when it gives any number of values: its operation streams.
         in_sequences: True when the graph declares `sequences`; set before `prepare`.
         keeps_state: True when the step keeps something in `context.sequences`; set by `prepare`.
+        counts: False when the step never uses `count` and `observe` of its context; set by `prepare`.
         unbatchable: why the step cannot be batched, where its tensors do not say so; set by `prepare`.
         declared_outputs: outputs that the definition declares, names as the step gives them; set before `prepare`.
         conceal: puts `${NAME}` in place of what came from the environment, in a text for people; set before `prepare`.
@@ -139,6 +140,7 @@ class Step(ABC, Generic[OptionsT]):
     in_sequences: bool = False
     keeps_state: bool = False
     unbatchable: str | None = None
+    counts: bool = True
     declared_outputs: Mapping[str, TensorSpec] | None = None
     conceal: Callable[[str], str] = str
 

@@ -102,6 +102,9 @@ class FrontEndOptions(Options):
     metrics: Literal["on", "off"] = Field(
         "on", description="Whether requests are measured, and what comes of it is shown to Prometheus at /metrics."
     )
+    metrics_compat: Literal["none", "triton"] = Field(
+        "none", description="Whose names metrics have besides our own: triton's nv_inference_*."
+    )
     audit_log: str = Field("", description="File to which every change of a router is appended; empty for memory alone.")
     admin: Literal["auto", "on", "off"] = Field(
         "auto", description="Whether /admin is there, to read and change routers; auto: on loopback, or with a token."

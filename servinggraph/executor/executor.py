@@ -10,13 +10,21 @@ from typing import Any, Protocol
 
 from servinggraph.batching import Batcher
 from servinggraph.concurrency import run_until
-from servinggraph.context import Context
+from servinggraph.context import Context, Meter
 from servinggraph.errors import ServingGraphError, StepFailed, Unsupported
 from servinggraph.executor.bodies import entered, entrance
 from servinggraph.executor.cache import ResponseCache, cached
 from servinggraph.executor.streams import END, Streaming
 from servinggraph.executor.stretches import named, run_plan
-from servinggraph.executor.wiring import at_once, router_operation, selector_operation, step_operation, unshared, wrapped
+from servinggraph.executor.wiring import (
+    at_once,
+    counting,
+    router_operation,
+    selector_operation,
+    step_operation,
+    unshared,
+    wrapped,
+)
 from servinggraph.interfaces import BatchPolicy, CachePolicy, Handler, Operation, Router, Selector, Step
 from servinggraph.plan import Plan, PlanNode
 from servinggraph.statistics import GraphStatistics, NodeStatistics
@@ -42,6 +50,7 @@ class Executor:
     Args:
         plan: the plan.
         seats: what starts and stops its routers.
+        meter_of: gives what a node's step counts to; by default nobody asks.
 
     Attributes:
         plan: the plan.
@@ -53,9 +62,10 @@ class Executor:
         now: the clock of all deadlines, seconds.
     """
 
-    def __init__(self, plan: Plan, seats: Sequence[Seat] = ()) -> None:
+    def __init__(self, plan: Plan, seats: Sequence[Seat] = (), meter_of: Callable[[str], Meter | None] | None = None) -> None:
         self.plan = plan
         self._seats = seats
+        self._meter_of = meter_of or (lambda node: None)
         self.batchers: dict[str, Batcher] = {}
         self.caches: dict[str, ResponseCache] = {}
         self.statistics = GraphStatistics({node.name: NodeStatistics() for node in plan.every_node()})
@@ -211,7 +221,7 @@ class Executor:
         """Return a node's finished operation; branches of routers first."""
         if node.streams:
             assert isinstance(node.work, Step)
-            return node.work.operation()  # what else its definition asks for is done to each item
+            return counting(node.work, self._meter_of(node.name))  # what else its definition asks for is done to each item
         statistics = self.statistics.nodes[node.name]
         if isinstance(node.work, Router):
             branches = {short: self._branch(branch, policies) for short, branch in node.branches.items()}
@@ -225,7 +235,8 @@ class Executor:
                 self.batchers[node.name] = batcher
                 operation = batcher.operation()
         else:
-            operation = step_operation(node, node.work, policies[node.name], self.batchers, statistics)
+            operation = counting(node.work, self._meter_of(node.name))
+            operation = step_operation(node, operation, node.work, policies[node.name], self.batchers, statistics)
         return wrapped(node, operation, statistics, self._kept(node.name, node.cache, statistics))
 
     def _kept(self, name: str, policy: CachePolicy | None, statistics: NodeStatistics) -> Callable[[Operation], Operation]:

@@ -15,10 +15,11 @@ import numpy as np
 
 from servinggraph.batching import Batcher
 from servinggraph.concurrency import run_until
-from servinggraph.context import Context
+from servinggraph.context import Context, Meter
 from servinggraph.errors import DeadlineExceeded, ServingGraphError, StepFailed
 from servinggraph.executor.guarding import guarded
 from servinggraph.interfaces import BatchPolicy, Handler, Operation, Router, RowErrors, Selector, Step
+from servinggraph.metrics.steps import metered
 from servinggraph.plan import PlanNode
 from servinggraph.statistics import NodeStatistics
 from servinggraph.tensors import TensorSpec, datatype_of, fits_shape
@@ -27,6 +28,7 @@ __all__ = [
     "SlowSteps",
     "as_failure",
     "at_once",
+    "counting",
     "limited",
     "mapping_of",
     "output_check",
@@ -68,11 +70,21 @@ class SlowSteps:
         )
 
 
+def counting(step: Step[Any], meter: Meter | None) -> Operation:
+    """Return a step's operation; what it counts through its context goes to a meter, where there is one."""
+    operation = step.operation()
+    return operation if meter is None or not step.counts else metered(operation, meter)
+
+
 def step_operation(
-    node: PlanNode, step: Step[Any], policy: BatchPolicy | None, batchers: dict[str, Batcher], statistics: NodeStatistics
+    node: PlanNode,
+    operation: Operation,
+    step: Step[Any],
+    policy: BatchPolicy | None,
+    batchers: dict[str, Batcher],
+    statistics: NodeStatistics,
 ) -> Operation:
     """Return a step's operation, batched if there is a policy; a new batcher joins `batchers` under the node's name."""
-    operation = step.operation()
     if policy is None:
         return _then(operation, whole_rows) if step.gives_row_errors else operation
     admit = step.admit if type(step).admit is not Step.admit else None

@@ -136,7 +136,8 @@ class Catalog:
     def made(self, plan: Plan) -> ServedGraph:
         """Return a graph that is not started yet."""
         seats = self._control.seats_of(plan)
-        graph = ServedGraph(plan, Executor(plan, seats), {seat.router.name: seat for seat in seats})
+        meter_of = None if self._ledger is None else self._ledger.meters(plan.name, plan.version)
+        graph = ServedGraph(plan, Executor(plan, seats, meter_of), {seat.router.name: seat for seat in seats})
         if self._ledger is not None:
             graph.executor.statistics.measure()
             graph.traffic = self._ledger.traffic(plan.name, plan.version)

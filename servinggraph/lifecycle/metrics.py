@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from servinggraph.accelerators.nvml import gpu_states
 from servinggraph.measures import Traffic, TrafficByProtocol
-from servinggraph.metrics import Readings, families as of
+from servinggraph.metrics import Readings, families as of, triton as nv
+from servinggraph.metrics.steps import StepMeter, StepNames
 from servinggraph.statistics import GraphStatistics, NodeStatistics
 
 if TYPE_CHECKING:
     from servinggraph.lifecycle.catalog import ServedGraph
     from servinggraph.lifecycle.serving import Serving
 
-__all__ = ["Ledger", "read_metrics"]
+__all__ = ["Ledger", "read_devices", "read_metrics"]
 
 logger = logging.getLogger("servinggraph.metrics")
 
@@ -36,6 +38,7 @@ class _Account:
 
     def __init__(self) -> None:
         self.traffic = TrafficByProtocol()
+        self.meters: dict[str, StepMeter] = {}
         self.replaced: deque[GraphStatistics] = deque()
         self.sums = Readings()
         # Decisions that graphs before the present one have counted, by router and branch, beyond what its own router says.
@@ -43,9 +46,15 @@ class _Account:
 
 
 class Ledger:
-    """Counters by graph and version, which a reload does not set back."""
+    """Counters by graph and version, which a reload does not set back.
 
-    def __init__(self) -> None:
+    Args:
+        triton: whether there are Triton's names as well.
+    """
+
+    def __init__(self, *, triton: bool = False) -> None:
+        self.triton = triton
+        self._names = StepNames()
         self._accounts: OrderedDict[tuple[str, str], _Account] = OrderedDict()
         self._complained: set[str] = set()
         self.unknown = TrafficByProtocol()
@@ -54,13 +63,18 @@ class Ledger:
         """Return where the requests to a version are counted."""
         return self._account((name, version)).traffic
 
+    def meters(self, name: str, version: str) -> Callable[[str], StepMeter]:
+        """Return what gives the meter of each node of a version."""
+        meters = self._account((name, version)).meters
+        return lambda node: meters.setdefault(node, StepMeter(self._names))
+
     def replaced(self, graph: ServedGraph) -> None:
         """Take over what a graph has counted that is served no longer."""
         key = graph.plan.name, graph.plan.version
         account = self._account(key)
         account.replaced.append(graph.executor.statistics)
         while len(account.replaced) > STILL_COUNTING:
-            _read_nodes(account.sums, key, account.replaced.popleft())
+            self._read_statistics(account.sums, key, account.replaced.popleft())
         for (router, branch), number in self._decisions(graph).items():
             account.decided[router, branch] = account.decided.get((router, branch), 0) + number
 
@@ -76,12 +90,26 @@ class Ledger:
         account = self._account(key)
         readings.add(account.sums)
         for statistics in (*account.replaced, graph.executor.statistics):
-            _read_nodes(readings, key, statistics)
+            self._read_statistics(readings, key, statistics)
         for protocol, traffic in account.traffic.items():
             _read_traffic(readings, (*key, protocol), traffic)
+            if self.triton:
+                _read_outcomes(readings, key, traffic.answered, traffic.failures)
+        for node, meter in account.meters.items():
+            meter.read(readings, (*key, node))
         for (router, branch), number in self._decisions(graph).items():
             before = account.decided.get((router, branch), 0)
             readings.count(of.ROUTER_DECISIONS, (*key, router, branch), before + number)
+
+    def _read_statistics(self, readings: Readings, key: tuple[str, str], statistics: GraphStatistics) -> None:
+        _read_nodes(readings, key, statistics)
+        if not self.triton:
+            return
+        nv.read_model(readings, key, statistics.report())
+        for node, counters in statistics.nodes.items():
+            place = f"{key[0]}.{node}", key[1]
+            nv.read_model(readings, place, counters.report())
+            _read_outcomes(readings, place, counters.answered, counters.failures)
 
     def report(self, router: str, read: Any) -> dict[str, Any]:
         """Return a router's settings or report; nothing, and a line in the log, where that fails."""
@@ -122,6 +150,8 @@ def read_metrics(serving: Serving, ledger: Ledger) -> Readings:
     for graph in serving.catalog.graphs():
         ledger.read(readings, graph)
         _read_state(readings, graph)
+        if ledger.triton:
+            _read_pending(readings, graph)
         for seat in graph.seats.values():
             name = seat.router.name
             labels = graph.plan.name, graph.plan.version, name
@@ -134,7 +164,45 @@ def read_metrics(serving: Serving, ledger: Ledger) -> Readings:
             stage = report.get("stage", settings.get("stage"))
             if stage is not None:
                 readings.set(of.ROUTER_STAGE, (*labels, str(stage)), 1)
+    for topics in serving.kafka() if serving.kafka is not None else ():
+        _read_kafka(readings, topics)
     return readings
+
+
+def read_devices(readings: Readings, *, triton: bool = False) -> None:
+    """Read the state of GPUs; asks the driver, so not on the event loop."""
+    for gpu in gpu_states():
+        readings.set(of.DEVICE_MEMORY, (gpu.device, "used"), gpu.used_bytes)
+        readings.set(of.DEVICE_MEMORY, (gpu.device, "total"), gpu.total_bytes)
+        readings.set(of.DEVICE_BUSY, (gpu.device,), gpu.utilization)
+        if triton:
+            readings.set(nv.GPU_TOTAL, (gpu.uuid,), gpu.total_bytes)
+            readings.set(nv.GPU_USED, (gpu.uuid,), gpu.used_bytes)
+            readings.set(nv.GPU_BUSY, (gpu.uuid,), gpu.utilization)
+
+
+def _read_kafka(readings: Readings, report: Mapping[str, Any]) -> None:
+    graph = (str(report["graph"]),)
+    for key, family in of.KAFKA.items():
+        value = report.get(key)
+        if value is not None:  # what belongs to a connection is not there without one
+            readings.set(family, graph, float(value))
+    for code, number in report["errors"].items():
+        readings.set(of.KAFKA_ERRORS, (*graph, code), number)
+
+
+def _read_outcomes(readings: Readings, model: tuple[str, str], answered: int, failures: Mapping[str, int]) -> None:
+    readings.count(nv.SUCCESS, model, answered)
+    for code, number in failures.items():
+        readings.count(nv.FAILURE, (*model, nv.reason_of(code)), number)
+
+
+def _read_pending(readings: Readings, graph: ServedGraph) -> None:
+    name, version = graph.plan.name, graph.plan.version
+    for node, batcher in graph.executor.batchers.items():
+        readings.count(nv.PENDING, (name, version), batcher.queued)
+        if node:
+            readings.set(nv.PENDING, (f"{name}.{node}", version), batcher.queued)
 
 
 def _read_state(readings: Readings, graph: ServedGraph) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Serving:
         options: limits and names.
         control: the graphs' routers, to be read and changed.
         ledger: what is counted for metrics; None where they are off.
+        kafka: what the Kafka front end reports of each graph's topics; None where nothing is read.
         catalog: the graphs.
         admission: slots for requests in flight.
         failures: where failures of graphs are logged.
@@ -49,7 +50,8 @@ class Serving:
     def __init__(self, options: FrontEndOptions | None = None, repository: RepositorySettings | None = None) -> None:
         self.options = options or FrontEndOptions()
         self.control = Control(AuditLog(Path(self.options.audit_log) if self.options.audit_log else None))
-        self.ledger = Ledger() if self.options.metrics == "on" else None
+        self.ledger = Ledger(triton=self.options.metrics_compat == "triton") if self.options.metrics == "on" else None
+        self.kafka: Callable[[], Sequence[Mapping[str, Any]]] | None = None
         self.catalog = Catalog(self.control, self.ledger)
         self.admission = Admission(self.options.max_in_flight)
         self.memory = SharedMemory(allowed=self.options.allow_client_shm, limit=self.options.max_shm_regions)

@@ -58,8 +58,10 @@ class _Unused:
 
 
 def _metric(family: Family, values: dict[tuple[str, ...], float | Buckets]) -> Metric:
-    # The library names a counter without its ending.
-    metric = Metric(family.name.removesuffix("_total") if family.kind == "counter" else family.name, family.help, family.kind)
+    # The library names a counter without its ending, and one that has none of that, as Triton's, is of unknown kind to it.
+    counts = family.name.endswith("_total")
+    kind = family.kind if counts or family.kind != "counter" else "unknown"
+    metric = Metric(family.name.removesuffix("_total") if counts else family.name, family.help, kind)
     for texts, value in values.items():
         labels = dict(zip(family.labels, texts, strict=True))
         if isinstance(value, Buckets):

@@ -103,6 +103,39 @@ ROUTER_STAGE: Final = Family(
 ROUTER_REVISION: Final = Family(
     "servinggraph_router_revision", "gauge", "changes", _ROUTER, "How often the router's settings were changed."
 )
+
+
+def _kafka(name: str, unit: str, text: str, kind: Literal["counter", "gauge"] = "counter") -> Family:
+    return Family(f"servinggraph_kafka_{name}", kind, unit, ("graph",), text)
+
+
+KAFKA: Final = {
+    "lag": _kafka("lag_records", "records", "Records in the broker behind the last one that was read.", "gauge"),
+    "ready": _kafka("ready", "boolean", "1 while the graph's topics are read, within max_lag where that is set.", "gauge"),
+    "in_flight": _kafka("in_flight_records", "records", "Records that run now.", "gauge"),
+    "waiting": _kafka("waiting_records", "records", "Records in memory, those that run included.", "gauge"),
+    "waiting_bytes": _kafka("waiting_bytes", "bytes", "Size of the records in memory.", "gauge"),
+    "unwritten": _kafka("unwritten_records", "records", "Answers that the broker does not have yet.", "gauge"),
+    "paused": _kafka("paused", "boolean", "1 while reading pauses because too much is in memory.", "gauge"),
+    "commit_age_s": _kafka("commit_age_seconds", "seconds", "Time since the last commit.", "gauge"),
+    "consumed": _kafka("consumed_records_total", "records", "Records that were read."),
+    "produced": _kafka("produced_records_total", "records", "Answers that the broker has."),
+    "dead_letters": _kafka("dead_letters_total", "records", "Records that were given up, and are in the dead letters."),
+    "retries": _kafka("retries_total", "attempts", "Further attempts at a record."),
+    "abandoned": _kafka("abandoned_records_total", "records", "Records whose partition went to another member meanwhile."),
+    "commits": _kafka("commits_total", "commits", "Commits; with exactly_once transactions."),
+    "rebalances": _kafka("rebalances_total", "rebalances", "How often partitions were given out anew."),
+    "reconnects": _kafka("reconnects_total", "connections", "Connections made anew after a failure."),
+    "pauses": _kafka("pauses_total", "pauses", "How often reading paused."),
+    "paused_s": _kafka("paused_seconds_total", "seconds", "For how long."),
+    "seconds": _kafka(
+        "end_to_end_seconds_total", "seconds", "From a record's timestamp to its answer in the broker, over all answers."
+    ),
+}
+"""By the key under which the front end reports it."""
+KAFKA_ERRORS: Final = Family(
+    "servinggraph_kafka_errors_total", "counter", "records", ("graph", "code"), "Records given up, by code of the error."
+)
 READY: Final = Family("servinggraph_ready", "gauge", "boolean", (), "1 while the server is ready, as /v2/health/ready says.")
 IN_FLIGHT: Final = Family(
     "servinggraph_in_flight_requests", "gauge", "requests", (), "Requests in flight, over all graphs and protocols."
@@ -112,12 +145,22 @@ IN_FLIGHT_LIMIT: Final = Family(
 )
 BUILD_INFO: Final = Family("servinggraph_build_info", "gauge", "constant", ("release",), "1, with the release as a label.")
 
+DEVICE_MEMORY: Final = Family(
+    "servinggraph_device_memory_bytes", "gauge", "bytes", ("device", "state"),
+    "Memory of a GPU that this process may use, by state: used (by anybody) or total.",
+)  # fmt: skip
+DEVICE_BUSY: Final = Family(
+    "servinggraph_device_utilization_ratio", "gauge", "ratio", ("device",), "Share of time in which a GPU ran anything."
+)
+
 ALL: Final = (
     REQUESTS, REQUEST_SECONDS, REQUEST_STAGE_SECONDS, GRAPH_IN_FLIGHT,
     NODE_REQUESTS, NODE_STAGE_SECONDS, CACHE_LOOKUPS,
     BATCH_ROWS, BATCH_FILL, BATCH_MAX_ROWS, QUEUE_DEPTH, QUEUE_LIMIT, BATCHES_RUNNING,
     GRAPH_READY, GRAPH_LOAD_SECONDS, GRAPH_MEMORY, NODE_LOAD_SECONDS,
     ROUTER_DECISIONS, ROUTER_WEIGHT, ROUTER_SHARE, ROUTER_STAGE, ROUTER_REVISION,
+    *KAFKA.values(), KAFKA_ERRORS,
+    DEVICE_MEMORY, DEVICE_BUSY,
     READY, IN_FLIGHT, IN_FLIGHT_LIMIT, BUILD_INFO,
 )  # fmt: skip
 """In the order in which they are shown."""

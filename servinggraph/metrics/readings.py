@@ -54,7 +54,7 @@ class Readings:
 
     def durations(self, family: Family, labels: Labels, durations: Durations) -> None:
         """Add durations, in seconds."""
-        self._add(family, labels, Buckets(BOUNDS_S, durations.counts.copy(), durations.ns / 1e9))
+        self.buckets(family, labels, Buckets(BOUNDS_S, durations.counts.copy(), durations.ns / 1e9))
 
     def sizes(
         self, family: Family, labels: Labels, bounds: Sequence[float], sizes: Mapping[int, int] | Mapping[float, int]
@@ -63,18 +63,19 @@ class Readings:
         buckets = Buckets(tuple(bounds), [0] * (len(bounds) + 1), sum(size * times for size, times in sizes.items()))
         for size, times in sizes.items():
             buckets.counts[bisect_left(bounds, size)] += times
-        self._add(family, labels, buckets)
+        self.buckets(family, labels, buckets)
 
     def add(self, other: Readings) -> None:
         """Add everything that others were counted."""
         for family, values in other.values.items():
             for labels, value in values.items():
                 if isinstance(value, Buckets):
-                    self._add(family, labels, value)
+                    self.buckets(family, labels, value)
                 else:
                     self.count(family, labels, value)
 
-    def _add(self, family: Family, labels: Labels, buckets: Buckets) -> None:
+    def buckets(self, family: Family, labels: Labels, buckets: Buckets) -> None:
+        """Add a histogram."""
         values = self.values.setdefault(family, {})
         before = values.get(labels)
         if isinstance(before, Buckets) and before.bounds == buckets.bounds:

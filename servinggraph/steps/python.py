@@ -185,6 +185,7 @@ class Python(Step[PythonOptions]):
             raise GraphInvalid([Problem(text, node="call")])
         self._value_name = tensors[0].name if tensors else ""
         self._context_by_name = any(p.name == "context" for p in named)
+        self.counts = self._context_by_name
 
     def _required(self, value: Mapping[str, Any]) -> dict[str, TensorSpec]:
         assert self._inputs is not None

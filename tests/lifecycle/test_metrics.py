@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from servinggraph import Context, Graph, routers
+from servinggraph.accelerators.nvml import GpuState
 from servinggraph.lifecycle import infer
+from servinggraph.lifecycle.metrics import read_devices
 from servinggraph.messages import InferenceRequest
 from servinggraph.metrics import ALL, families as of
+from servinggraph.protocols.kafka.report import Counts
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 X = {"x": np.ones(1, np.float32)}
@@ -135,7 +138,14 @@ class Staged:
         return {"decisions": {"one": 1}, "shares": {"one": 0.5, "two": 0.5}, "stage": "10%"}
 
 
-def test_every_metric_that_there_is_is_read_with_the_labels_that_it_declares():
+GPU = GpuState("cuda:0", "GPU-1", 1000, 100, 0.5)
+TOPICS = Counts(errors={"internal": 1}).plain() | {
+    "graph": "g", "ready": True, "lag": 3, "in_flight": 1, "waiting": 2, "waiting_bytes": 9, "unwritten": 0, "paused": False,
+    "commit_age_s": 0.5,
+}  # fmt: skip
+
+
+def test_every_metric_that_there_is_is_read_with_the_labels_that_it_declares(monkeypatch):
     graph = Graph("g", {"x": ("FP32", [-1])})
     graph.to(double, name="kept", cache={"max_bytes": 10_000}, pure=True).to(
         lambda value: {"x": value["y"]}, name="batched", batch={"max_rows": 4}
@@ -147,7 +157,10 @@ def test_every_metric_that_there_is_is_read_with_the_labels_that_it_declares():
             served = server.serving.catalog.get("g")
             served.size_bytes = 1  # it may have fitted into what the process had already
             server.router("r").report = Staged().report
+            server.serving.kafka = lambda: [TOPICS]
             readings = server.serving.metrics()
+            monkeypatch.setattr("servinggraph.lifecycle.metrics.gpu_states", lambda: [GPU])
+            read_devices(readings)
         assert set(ALL) == set(readings.values)
         for family, series in readings.values.items():
             assert all(len(family.labels) == len(labels) for labels in series), family.name

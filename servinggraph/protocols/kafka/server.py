@@ -41,6 +41,7 @@ class KafkaFrontEnd:
         """Begin to read for every graph that is ready; later ones follow when they are."""
         quiet_aiokafka()
         self._started = True
+        self._serving.kafka = self.report
         self._serving.catalog.conditions.append(self._ready)
         self._serving.catalog.on_change(self._follow)
 

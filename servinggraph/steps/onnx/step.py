@@ -82,6 +82,7 @@ class Onnx(Step[OnnxOptions]):
 
     options_type = OnnxOptions
     gives_row_errors = False
+    counts = False
 
     def prepare(self) -> Signature:
         path = Path(self.options.path)

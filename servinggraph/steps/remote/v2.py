@@ -92,6 +92,7 @@ class V2(Step[V2Options]):
 
     options_type = V2Options
     gives_row_errors = False
+    counts = False
 
     def prepare(self) -> Signature:
         urls = [self.options.url] if isinstance(self.options.url, str) else self.options.url
