@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
 from pydantic import Field
 
@@ -333,6 +333,12 @@ class Router(ABC, Generic[OptionsT]):
             InvalidRequest: it does not fit the graph any more.
         """
         self.adjust(remembered)
+
+    def succeed(self, before: Self) -> None:
+        """Take over what is not saved, the requests that wait for feedback say, from the router that this one replaces.
+
+        Called after `recall`, where a graph is loaded anew while it serves; `before` still answers what it has begun.
+        """
 
     def hand_out(self) -> Learned | None:
         """Return what was learned since this was last asked, to be added to what others learn; None where nothing adds up."""

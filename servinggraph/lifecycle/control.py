@@ -78,6 +78,7 @@ class RouterSeat:
             if remembered is not None:
                 self.router.recall(remembered)
                 self.router.revision = int(remembered.get("revision", self.router.revision))
+            self._control.succeed(self)
             if store.adds_up and self.router.hand_out() is not None:
                 sharing = Sharing(self.router, store, self.key)
                 await sharing.start()
@@ -157,6 +158,13 @@ class Control:
         document = before[-1].document() if before else await asyncio.to_thread(store.load, seat.key)
         before.append(seat)
         return document
+
+    def succeed(self, seat: RouterSeat) -> None:
+        """Have a starting router take over from the one that it replaces, if that is of its kind."""
+        seats = self._seats[seat.key]
+        at = seats.index(seat)
+        if at and type(seats[at - 1].router) is type(seat.router):
+            seat.router.succeed(seats[at - 1].router)
 
     def leave(self, seat: RouterSeat) -> bool:
         """Note that a router has stopped; return False when another has taken its place, and its state is that one's."""

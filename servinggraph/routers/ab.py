@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final, Self
 
 from pydantic import Field
 
 from servinggraph.context import Context
 from servinggraph.errors import GraphInvalid, InvalidRequest, Problem
-from servinggraph.interfaces import RouterOptions, Selector
-from servinggraph.routers.selection import KeyReader, Weights, key_reader, weights_problem
+from servinggraph.interfaces import Feedback, Receipt, RouterOptions, Selector
+from servinggraph.routers.selection import Decisions, KeyReader, Rewards, Weights, key_reader, weights_problem
 from servinggraph.routers.signatures import common_signature
 from servinggraph.tensors import Signature
 
 __all__ = ["Ab", "AbOptions"]
+
+_METRICS: Final = 32
+"""Most names of metrics that feedback brings: callers choose them."""
 
 
 class AbOptions(RouterOptions):
@@ -60,6 +63,8 @@ class Ab(Selector[AbOptions]):
             raise GraphInvalid(problems)
         self._set(self.options.weights)
         self._decisions = dict.fromkeys(branches, 0)
+        self._noted: Decisions[str] = Decisions()
+        self._rewards: dict[str, dict[str, Rewards]] = {}
         self._parameter = f"{self.name}.variant"
         return signature
 
@@ -68,7 +73,32 @@ class Ab(Selector[AbOptions]):
         variant = self._weights.at_random() if key is None else self._weights.by_key(key)
         self._decisions[variant] += 1
         context.response_parameters[self._parameter] = variant
+        if context.id:
+            assert self.host is not None  # it serves
+            self._noted.note(context.id, variant, self.host.now())
         return variant
+
+    def feedback(self, record: Feedback) -> Receipt:
+        if record.reward is None or (record.variant and record.variant not in self._names):
+            return Receipt.UNUSED
+        if record.metric not in self._rewards and len(self._rewards) >= _METRICS:
+            raise InvalidRequest(f"router '{self.name}' has feedback of {_METRICS} metrics already, and takes no more names")
+        variant: str | None = record.variant
+        if record.id:
+            assert self.host is not None  # it serves
+            now = self.host.now()
+            if self._noted.find(record.id, now) is None:
+                self._noted.unknown += 1
+                return Receipt.UNKNOWN
+            variant = self._noted.claim(record.id, record.metric, now)
+            if variant is None:
+                return Receipt.DUPLICATE
+            if variant not in self._names:  # of before the graph was loaded anew
+                return Receipt.UNKNOWN
+        assert variant  # one of the two is there
+        by_variant = self._rewards.setdefault(record.metric, {name: Rewards() for name in self._names})
+        by_variant[variant].add(record.reward)
+        return Receipt.TAKEN
 
     def describe(self) -> str:
         return "ab (" + ", ".join(f"{name} {share:.0%}" for name, share in self._weights.shares.items()) + ")"
@@ -86,8 +116,20 @@ class Ab(Selector[AbOptions]):
         assert weights is not None  # just seen
         self._set({**dict.fromkeys(self._names, 0.0), **weights})
 
+    def succeed(self, before: Self) -> None:
+        self._noted = before._noted
+        for metric, by_variant in before._rewards.items():
+            self._rewards[metric] = {name: by_variant.get(name, Rewards()) for name in self._names}
+
     def report(self) -> dict[str, Any]:
-        return {"decisions": dict(self._decisions), "shares": dict(self._weights.shares)}
+        report: dict[str, Any] = {"decisions": dict(self._decisions), "shares": dict(self._weights.shares)}
+        if self._rewards or self._noted.unknown:
+            report["feedback"] = {"duplicates": self._noted.duplicates, "unknown": self._noted.unknown}
+            report["rewards"] = {
+                metric: {name: rewards.plain() for name, rewards in by_variant.items()}
+                for metric, by_variant in self._rewards.items()
+            }
+        return report
 
     def _set(self, weights: Mapping[str, float]) -> None:
         self._plain = dict(weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 
@@ -47,6 +47,7 @@ class Bandit(Router[BanditOptions]):
         options = self.options
         self._policy = policy_of(options, problems)
         self._arms: dict[str, Arm] = {name: self._policy.arm(name) for name in branches}
+        self._decisions = dict.fromkeys(branches, 0)
         self._enabled: Sequence[Arm] = tuple(self._arms.values())
         self._scorer = self._made_scorer(problems)
         self._key: KeyReader | None = None
@@ -62,7 +63,7 @@ class Bandit(Router[BanditOptions]):
         if problems:
             raise GraphInvalid(problems)
         self._answers = Answers(options.window, keep=self._scorer is not None)
-        self._stays: Decisions[Arm] = Decisions(options.window.size, options.window.age_s)
+        self._stays: Decisions[str] = Decisions(options.window.size, options.window.age_s)
         self._parameter = f"{self.name}.variant"
         self._size: int | None = None
         self._handed_out: dict[str, float] = {}
@@ -76,6 +77,7 @@ class Bandit(Router[BanditOptions]):
         features = None if self.options.features is None else self._features(value, self.options.features)
         arm = self._policy.choose(self._enabled, features) if self._key is None else self._stay(value, context, features)
         arm.decided += 1
+        self._decisions[arm.name] += 1
         context.response_parameters[self._parameter] = arm.name
         try:
             answer = await branches[arm.name](value, context)
@@ -85,7 +87,7 @@ class Bandit(Router[BanditOptions]):
             raise
         if context.id:
             assert self.host is not None  # it serves
-            self._answers.note(context.id, arm, features, answer, self.host.now())
+            self._answers.note(context.id, arm.name, features, answer, self.host.now())
         return answer
 
     def describe(self) -> str:
@@ -129,7 +131,7 @@ class Bandit(Router[BanditOptions]):
             self._forget(resets)
 
     def report(self) -> dict[str, Any]:
-        return report_of(self._arms, self._answers, self._clipped)
+        return report_of(self._arms, self._decisions, self._answers, self._clipped)
 
     def remember(self) -> dict[str, Any]:
         return {**self.settings(), "learned": {name: arm.sums() for name, arm in self._arms.items()}}
@@ -145,6 +147,11 @@ class Bandit(Router[BanditOptions]):
         for name, arm in self._arms.items():
             self._take(arm, learned.get(name, {}))
         self._handed_out = self._sums()  # it was, before the restart
+
+    def succeed(self, before: Self) -> None:
+        kept = ("window", "scorer", "features", "key")
+        if all(getattr(before.options, name) == getattr(self.options, name) for name in kept):
+            self._answers, self._stays = before._answers, before._stays
 
     def hand_out(self) -> Learned:
         since = self._since_handed_out()
@@ -211,20 +218,20 @@ class Bandit(Router[BanditOptions]):
         if key is None:
             return self._policy.choose(self._enabled, features)
         now = self.host.now()
-        arm = self._stays.find(key, now)
+        arm = self._arms.get(self._stays.find(key, now) or "")
         if arm is None or not arm.enabled:
             arm = self._policy.choose(self._enabled, features)
-            self._stays.note(key, arm, now)
+            self._stays.note(key, arm.name, now)
         return arm
 
     def _of_request(self, record: Feedback) -> Receipt:
         assert self.host is not None  # it serves
         answered = self._answers.find(record.id, self.host.now())
-        if answered is None:
+        if answered is None or answered.variant not in self._arms:
             self._answers.unknown += 1
             return Receipt.UNKNOWN
-        if record.variant and record.variant != answered.arm.name:
-            raise InvalidRequest(f"request '{record.id}' was answered by '{answered.arm.name}', not by '{record.variant}'")
+        if record.variant and record.variant != answered.variant:
+            raise InvalidRequest(f"request '{record.id}' was answered by '{answered.variant}', not by '{record.variant}'")
         if answered.learned:
             self._answers.duplicates += 1
             return Receipt.DUPLICATE
@@ -240,7 +247,7 @@ class Bandit(Router[BanditOptions]):
                 reward = self._clip(self._scorer(answered.answer, record.truth))
             except ServingGraphError as error:
                 raise error.at(self.name) from error.__cause__
-        self._observe(answered.arm, reward, answered.features)
+        self._observe(self._arms[answered.variant], reward, answered.features)
         self._answers.learned(answered)
         return Receipt.TAKEN
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from servinggraph import Graph, routers
+from servinggraph.context import Context
 from servinggraph.errors import Conflict, GraphNotFound, InvalidRequest, StepFailed
-from servinggraph.interfaces import Feedback
+from servinggraph.interfaces import Feedback, Receipt
 from servinggraph.lifecycle import Control
 from servinggraph.lifecycle.audit import AuditLog
 from servinggraph.lifecycle.catalog import Catalog
@@ -67,7 +68,7 @@ def test_unknown_settings_and_nodes_are_refused_with_the_nearest(run):
         with pytest.raises(GraphNotFound, match="no router 'tst'; did you mean 'test'"):
             seat_of(seats, "tst", "g")
         with pytest.raises(InvalidRequest, match="no router that could use this feedback"):
-            give_feedback(seats, Feedback(id="r", reward=1.0), "g")
+            give_feedback(seats, Feedback(variant="c", reward=1.0), "g")
         await catalog.stop()
 
     run(check())
@@ -123,5 +124,33 @@ def test_saved_state_that_does_not_fit_any_more_is_said_at_the_load(run, tmp_pat
     async def check():
         with pytest.raises(StepFailed, match="node 'test': its saved state does not fit the graph any more.*'gone'"):
             await Catalog(Control()).load([a_plan(state=str(path))])
+
+    run(check())
+
+
+@pytest.mark.parametrize("kind", ["ab", "bandit"])
+def test_feedback_finds_its_request_also_when_the_graph_was_loaded_anew_meanwhile(run, tmp_path, kind):
+    def plan():
+        options = {"state": str(tmp_path / "state.json")}
+        branches = {"a": a, "b": b}
+        made = (
+            routers.Ab(branches, {"a": 1, "b": 1}, **options) if kind == "ab" else routers.Bandit(branches, "ucb1", **options)
+        )
+        return Graph("g", {"x": ("FP32", [-1])}).to(made, "test").respond().compile()
+
+    async def check():
+        control = Control()
+        old, new = Catalog(control), Catalog(control)
+        await old.load([plan()])
+        context = Context("r")
+        await old.get("g").run({"x": X}, context)
+        give_feedback(old.get("g").seats, Feedback(variant="a", reward=1.0), "g")
+        await new.load([plan()])
+        await old.stop()
+        assert {"test": Receipt.TAKEN} == give_feedback(new.get("g").seats, Feedback(id="r", reward=1.0), "g")
+        assert {"test": Receipt.DUPLICATE} == give_feedback(new.get("g").seats, Feedback(id="r", reward=1.0), "g")
+        rewards = new.get("g").seats["test"].router.report()["rewards"]
+        assert 2 == sum(of["count"] for of in (rewards["reward"] if kind == "ab" else rewards).values())
+        await new.stop()
 
     run(check())

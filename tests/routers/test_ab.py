@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from servinggraph import Graph, routers
-from servinggraph.errors import GraphInvalid, InvalidRequest
+from servinggraph.errors import GraphInvalid, InvalidRequest, RequestNotFound
 from servinggraph.routers.selection import Weights, key_reader
 
 X = np.array([1.0], np.float32)
@@ -143,3 +143,28 @@ def test_weights_that_cannot_be_are_refused_and_change_nothing(weights, text):
 def test_definitions_that_cannot_work_are_refused(options, text):
     with pytest.raises(GraphInvalid, match=text):
         a_graph(**options).compile()
+
+
+def test_feedback_gives_each_variant_a_mean_by_metric():
+    with a_graph({"a": 1, "b": 0}).mock() as server:
+        for number, reward in enumerate([1.0, 0.0, 1.0, 0.0]):
+            server.infer(x=X, id=str(number))
+            assert {"test": "taken"} == server.feedback(str(number), reward=reward)
+        assert {"test": "duplicate"} == server.feedback("0", reward=0.0)
+        assert {"test": "taken"} == server.feedback("0", reward=250.0, metric="revenue")
+        assert {"test": "taken"} == server.feedback(variant="b", reward=0.5)
+        with pytest.raises(RequestNotFound):
+            server.feedback("9", reward=1.0)
+        with pytest.raises(InvalidRequest, match="no router that could use"):
+            server.feedback("0", truth=[1.0])
+        report = server.router("test").report()
+        empty = {"count": 0, "mean": None, "deviation": None}
+        assert {"count": 4, "mean": 0.5, "deviation": pytest.approx(0.5773503)} == report["rewards"]["reward"]["a"]
+        assert {"count": 1, "mean": 0.5, "deviation": None} == report["rewards"]["reward"]["b"]
+        assert {"a": {"count": 1, "mean": 250.0, "deviation": None}, "b": empty} == report["rewards"]["revenue"]
+        assert {"duplicates": 1, "unknown": 1} == report["feedback"]
+
+        for number in range(30):
+            server.feedback(variant="a", reward=1.0, metric=f"m{number}")
+        with pytest.raises(InvalidRequest, match="32 metrics already"):
+            server.feedback(variant="a", reward=1.0, metric="one more")

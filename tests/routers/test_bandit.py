@@ -141,9 +141,9 @@ def test_feedback_may_name_the_variant_in_place_of_a_request():
     with a_graph().mock() as server:
         assert {"score": "taken"} == server.feedback(variant="b", reward=0.5)
         assert {"score": "taken"} == server.feedback(variant="b", reward=1.0)
-        assert {"count": 2, "mean": 0.75, "deviation": pytest.approx(0.3535534)} == server.router("score").report()["rewards"][
-            "b"
-        ]
+        assert {"requests": 0, "count": 2, "mean": 0.75, "deviation": pytest.approx(0.3535534)} == server.router(
+            "score"
+        ).report()["rewards"]["b"]
         with pytest.raises(InvalidRequest, match="no router that could use this feedback"):
             server.feedback(variant="c", reward=1.0)
         variant = server.infer(x=X, id="r").parameters["score.variant"]
@@ -321,7 +321,9 @@ def test_settings_change_between_two_requests_and_everything_can_be_forgotten():
         assert settings == server.adjust("score", {"epsilon": 0, "enabled": {"b": False}})
         assert {"a"} == {server.infer(x=X).parameters["score.variant"] for _ in range(20)}
         assert 1 == server.adjust("score", {"resets": 1})["resets"]
-        assert {"count": 0, "mean": None, "deviation": None} == server.router("score").report()["rewards"]["a"]
+        forgotten = {"requests": 0, "count": 0, "mean": None, "deviation": None}
+        assert forgotten == server.router("score").report()["rewards"]["a"]
+        assert 20 == server.router("score").report()["decisions"]["a"]  # which is a count of this process, and no knowledge
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from math import inf, isfinite, sqrt
+from math import inf, isfinite
 from typing import Any, ClassVar, Final, NamedTuple
 
 from numpy.random import Generator
 
+from servinggraph.routers.selection import Rewards
 from servinggraph.tensors import Array
 
 __all__ = ["Arm", "Number", "Policy", "RewardRange"]
@@ -35,37 +36,30 @@ class RewardRange(NamedTuple):
         return isfinite(self.low) and isfinite(self.high)
 
 
-class Arm:
+class Arm(Rewards):
     """One variant, and what is known of its rewards.
 
     Attributes:
         name: the branch.
         enabled: False while no request is to go to it.
         decided: requests that were sent to it.
-        count: rewards that came.
-        total: their sum.
-        squares: the sum of their squares.
     """
 
     SUMS: ClassVar = ("decided", "count", "total", "squares")
 
     def __init__(self, name: str) -> None:
+        super().__init__()
         self.name = name
         self.enabled = True
-        self.clear()
+        self.decided = 0.0
 
     def clear(self) -> None:
         """Forget everything."""
-        self.decided = 0.0
-        self.count = 0.0
-        self.total = 0.0
-        self.squares = 0.0
+        self.decided = self.count = self.total = self.squares = 0.0
 
     def observe(self, reward: float, features: Array | None) -> None:
         """Learn a reward, of a request with these features where the policy looks at them."""
-        self.count += 1.0
-        self.total += reward
-        self.squares += reward * reward
+        self.add(reward)
 
     def sums(self) -> dict[str, float]:
         """Return what is known, as numbers by name that add up over workers."""
@@ -75,18 +69,6 @@ class Arm:
         """Know what `sums` says, in place of what was known; a name that is missing counts as 0."""
         for name in Arm.SUMS:
             setattr(self, name, float(sums.get(name, 0.0)))
-
-    @property
-    def mean(self) -> float | None:
-        """Mean reward; None before the first."""
-        return self.total / self.count if self.count else None
-
-    @property
-    def deviation(self) -> float | None:
-        """Standard deviation of the rewards (n - 1); None before the second."""
-        if self.count < 2:
-            return None
-        return sqrt(max(0.0, self.squares - self.total * self.total / self.count) / (self.count - 1))
 
 
 class Number(NamedTuple):

@@ -35,8 +35,9 @@ class _LinearArm(Arm):
     """
 
     def __init__(self, name: str, ridge: float) -> None:
-        self._ridge = ridge
         super().__init__(name)
+        self._ridge = ridge
+        self.clear()
 
     def clear(self) -> None:
         super().clear()

@@ -11,11 +11,12 @@ from servinggraph.routers.bandits.window import Answers
 __all__ = ["report_of"]
 
 
-def report_of(arms: Mapping[str, Arm], answers: Answers, clipped: int) -> dict[str, Any]:
+def report_of(arms: Mapping[str, Arm], decisions: Mapping[str, int], answers: Answers, clipped: int) -> dict[str, Any]:
     """Return decisions, rewards and what feedback there was, as plain values.
 
-    `regret` is what has been lost so far against the arm whose mean is the highest of those seen:
-    the sum over all rewards of how far their arm's mean is below it.
+    `decisions` and `feedback` are of this process since its start. The rest is what was learned, which may be
+    older, and other workers', too. `regret` is what has been lost so far against the arm whose mean is the
+    highest of those seen: the sum over all rewards of how far their arm's mean is below it.
     """
     every = list(arms.values())
     decided = sum(arm.decided for arm in every)
@@ -23,9 +24,9 @@ def report_of(arms: Mapping[str, Arm], answers: Answers, clipped: int) -> dict[s
     best = max(means, key=means.__getitem__, default=None)
     top = 0.0 if best is None else means[best]
     return {
-        "decisions": {arm.name: int(arm.decided) for arm in every},
+        "decisions": dict(decisions),
         "shares": {arm.name: arm.decided / decided if decided else 0.0 for arm in every},
-        "rewards": {arm.name: {"count": int(arm.count), "mean": arm.mean, "deviation": arm.deviation} for arm in every},
+        "rewards": {arm.name: {"requests": int(arm.decided), **arm.plain()} for arm in every},
         "best": best,
         "regret": sum(arm.count * (top - means[arm.name]) for arm in every if arm.name in means),
         "feedback": {

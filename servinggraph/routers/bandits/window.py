@@ -10,7 +10,6 @@ import numpy as np
 from pydantic import Field
 
 from servinggraph.interfaces import Options
-from servinggraph.routers.bandits.arms import Arm
 from servinggraph.routers.selection import Decisions
 from servinggraph.tensors import Array
 
@@ -33,17 +32,17 @@ class Answered:
     """A request that was answered.
 
     Attributes:
-        arm: who answered.
+        variant: who answered.
         features: what a contextual policy decided by.
         answer: the answer, where a truth may come; None where it is not kept, or not any more.
         size: bytes of the answer.
         learned: True once its reward has come.
     """
 
-    __slots__ = ("answer", "arm", "features", "learned", "size")
+    __slots__ = ("answer", "features", "learned", "size", "variant")
 
-    def __init__(self, arm: Arm, features: Array | None) -> None:
-        self.arm = arm
+    def __init__(self, variant: str, features: Array | None) -> None:
+        self.variant = variant
         self.features = features
         self.answer: Any = None
         self.size = 0
@@ -79,11 +78,11 @@ class Answers:
         """Bytes of the answers that are kept."""
         return self._bytes
 
-    def note(self, id: str, arm: Arm, features: Array | None, answer: Any, now: float) -> None:
+    def note(self, id: str, variant: str, features: Array | None, answer: Any, now: float) -> None:
         """Remember a request that has an id; of several with the same id the last."""
         if not id:
             return
-        entry = Answered(arm, features)
+        entry = Answered(variant, features)
         if self._keep:
             self._hold(entry, answer)
         self._noted.note(id, entry, now)

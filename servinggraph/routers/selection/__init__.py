@@ -2,6 +2,7 @@
 
 from servinggraph.routers.selection.decisions import Decisions
 from servinggraph.routers.selection.keys import KeyReader, key_reader
+from servinggraph.routers.selection.rewards import Rewards
 from servinggraph.routers.selection.weights import Weights, weights_problem
 
-__all__ = ["Decisions", "KeyReader", "Weights", "key_reader", "weights_problem"]
+__all__ = ["Decisions", "KeyReader", "Rewards", "Weights", "key_reader", "weights_problem"]

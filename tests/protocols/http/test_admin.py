@@ -66,7 +66,8 @@ def test_a_router_is_read_and_changed(http_server):
         ("POST", "/v2/models/g/feedback", b'{"id": "r"}', 400, "one of the two"),
         ("POST", "/v2/models/g/feedback", b'{"id": "r", "reward": true}', 400, "number"),
         ("POST", "/v2/models/g/feedback", b'{"id": "r", "rewards": 1}', 400, "unknown key 'rewards'"),
-        ("POST", "/v2/models/g/feedback", b'{"id": "r", "reward": 1}', 400, "no router that could use"),
+        ("POST", "/v2/models/g/feedback", b'{"id": "r", "truth": 1}', 400, "no router that could use"),
+        ("POST", "/v2/models/g/feedback", b'{"id": "r", "reward": 1}', 404, "request 'r' is not known"),
         ("POST", "/v2/models/h/feedback", b'{"id": "r", "reward": 1}', 404, "'h' is not found"),
     ],
 )
