@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Callable
 from functools import partial
 from time import perf_counter_ns
 from typing import Any, Final
@@ -24,6 +24,7 @@ from servinggraph.interfaces import Handler, Options
 from servinggraph.routers.shadow.comparison import Comparison, Verdict
 from servinggraph.routers.shadow.holding import held_bytes
 from servinggraph.routers.shadow.record import Record
+from servinggraph.routers.shadow.turns import turns_of
 
 __all__ = ["Copy", "Lane", "ShadowOptions"]
 
@@ -31,9 +32,6 @@ logger = logging.getLogger("servinggraph.routers")
 
 STOP_S: Final = 1.0
 """How long a copy that was cancelled may take to end before nobody waits for it any more."""
-
-_HOLD_NS: Final = 2_000_000
-"""Shorter turns of the event loop are not held against a challenger."""
 
 _FIRST_SHARE: Final = 0.1
 """Share of the loop for a challenger that has held it once: the machine may have been busy with something else."""
@@ -244,7 +242,7 @@ class Lane:
 
     async def _answered(self, copy: Copy, context: ShadowContext) -> None:
         began = perf_counter_ns()
-        call = partial(_turns_of, copy.handler, partial(self._held, copy))
+        call = partial(turns_of, copy.handler, partial(self._held, copy))
         assert context.deadline is not None
         answer = await run_until(context.deadline, self._loop, call, copy.value, context, self._late)
         took = perf_counter_ns() - began
@@ -319,38 +317,3 @@ class Lane:
         self._counted()
         if self._waiting:
             self._start_soon()
-
-
-class _Turns:
-    """Awaits a call, and tells of every turn in which it held the event loop for long."""
-
-    __slots__ = ("_call", "_held")
-
-    def __init__(self, call: Callable[[], Awaitable[Any]], held: Callable[[int], None]) -> None:
-        self._call = call
-        self._held = held
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        inner: Any = None
-        error: BaseException | None = None
-        while True:
-            began = perf_counter_ns()
-            try:
-                if inner is None:
-                    inner = self._call().__await__()
-                waits_for = inner.send(None) if error is None else inner.throw(error)
-            except StopIteration as end:
-                return end.value
-            finally:
-                took = perf_counter_ns() - began
-                if took > _HOLD_NS:
-                    self._held(took)
-            error = None
-            try:
-                yield waits_for
-            except BaseException as raised:  # for the call to see, as if it were awaited here
-                error = raised
-
-
-def _turns_of(handler: Handler, held: Callable[[int], None], value: Any, context: Context) -> Awaitable[Any]:
-    return _Turns(partial(handler, value, context), held)
