@@ -132,6 +132,8 @@ class Step(ABC, Generic[OptionsT]):
         unbatchable: why the step cannot be batched, where its tensors do not say so; set by `prepare`.
         declared_outputs: outputs that the definition declares, names as the step gives them; set before `prepare`.
         conceal: puts `${NAME}` in place of what came from the environment, in a text for people; set before `prepare`.
+        passes_on: True when it gives what it gets, as it is.
+        sees_requests: True when each request has to reach it by itself, and not joined to others in a batch.
     """
 
     options_type: ClassVar[type[Options]]
@@ -143,6 +145,8 @@ class Step(ABC, Generic[OptionsT]):
     counts: bool = True
     declared_outputs: Mapping[str, TensorSpec] | None = None
     conceal: Callable[[str], str] = str
+    passes_on: ClassVar[bool] = False
+    sees_requests: ClassVar[bool] = False
 
     def __init__(self, name: str, options: OptionsT, base: Path) -> None:
         self.name = name

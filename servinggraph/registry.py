@@ -17,7 +17,9 @@ __all__ = ["PROTOCOLS", "ROUTERS", "STEPS", "kinds", "load_kind"]
 
 STEPS: Final[Mapping[str, str]] = {
     "onnx": "servinggraph.steps.onnx:Onnx",
+    "publish": "servinggraph.steps.topics:Publish",
     "python": "servinggraph.steps.python:Python",
+    "queue": "servinggraph.steps.topics:Queue",
     "rest": "servinggraph.steps.remote:Rest",
     "v2": "servinggraph.steps.remote:V2",
 }
@@ -42,7 +44,7 @@ PROTOCOLS: Final[Mapping[str, str]] = {
     "metrics": "servinggraph.protocols.http.server:MetricsFrontEnd",
 }
 
-_EXTRAS: Final = {"onnx": "onnx", "grpc": "grpc", "kafka": "kafka"}
+_EXTRAS: Final = {"onnx": "onnx", "grpc": "grpc", "publish": "kafka", "queue": "kafka", "kafka": "kafka"}
 """Kinds whose packages do not come with the base installation, and the extra that brings them."""
 
 _TABLES: Final = {"steps": STEPS, "routers": ROUTERS, "protocols": PROTOCOLS}

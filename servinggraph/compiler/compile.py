@@ -7,7 +7,7 @@ from typing import Any
 
 from servinggraph.compiler.bodies import body_keys
 from servinggraph.compiler.labels import declared_outputs
-from servinggraph.compiler.nodes import NodeCompiler, Tensors, deciding_router, undecided
+from servinggraph.compiler.nodes import NodeCompiler, Tensors, lone_node
 from servinggraph.compiler.options import validated
 from servinggraph.compiler.sequences import sequence_problems
 from servinggraph.compiler.topology import ordered, sources_of, stream_problems
@@ -83,9 +83,9 @@ def compile_graph(
         if node is not None:
             nodes[name] = node
     problems.extend(stream_problems(order, sources, {name for name, node in nodes.items() if node.streams}, spec, source))
-    deciding = next((found for name, node in nodes.items() if (found := deciding_router(name, node.work, node.branches))), None)
-    if spec.batch is not None and deciding is not None:
-        problems.append(source.problem(f"'batch' joins whole requests: {undecided(deciding)}", ("batch",)))
+    lone = next((found for name, node in nodes.items() if (found := lone_node(name, node.work, node.branches))), None)
+    if spec.batch is not None and lone is not None:
+        problems.append(source.problem(f"'batch' joins whole requests: {lone}", ("batch",)))
     _check_replacements(replace, nodes, spec, problems)
     problems.extend(sequence_problems(spec, order, sources, nodes, source))
     outputs = _answer(spec, behind.get(spec.answer or ""), source, problems)

@@ -25,7 +25,7 @@ from servinggraph.spec.model import COMMON_KEYS, name_problem
 from servinggraph.spec.source import KeyPath
 from servinggraph.tensors import Signature, TensorSpec
 
-__all__ = ["NodeCompiler", "Tensors", "deciding_router", "undecided"]
+__all__ = ["NodeCompiler", "Tensors", "lone_node"]
 
 
 @dataclass
@@ -76,9 +76,9 @@ class NodeCompiler:
             return None
         self._check_inputs(signature, inside, path, name)
         self._check_batch(work, spec, signature, path, name)
-        deciding = deciding_router(name, work, branches)
-        if deciding is not None and (isinstance(spec.batch, BatchPolicy) or spec.batch is True):
-            self._report(f"cannot batch: {undecided(deciding)}", (*path, "batch"), name)
+        lone = lone_node(name, work, branches)
+        if lone is not None and (isinstance(spec.batch, BatchPolicy) or spec.batch is True):
+            self._report(f"cannot batch: {lone}", (*path, "batch"), name)
         if isinstance(work, Step) and work.unbatchable is not None and spec.batch not in (None, False):
             self._report(f"cannot batch: {work.unbatchable}", (*path, "batch"), name)
         self._check_purity(spec, work, path, name)
@@ -86,7 +86,8 @@ class NodeCompiler:
         declared = (
             declared_outputs(spec.outputs, self.source, (*path, "outputs"), self.problems, name) if spec.outputs else None
         )
-        outputs = self._outputs(signature.outputs, declared, spec, given, path, name)
+        known = inside if isinstance(work, Step) and work.passes_on else signature.outputs
+        outputs = self._outputs(known, declared, spec, given, path, name)
         kind = spec.step or spec.router or ""
         node = PlanNode(
             name=name,
@@ -325,17 +326,14 @@ class NodeCompiler:
         return {tensor: given[tensor] for tensor in spec.keep if tensor in given}
 
 
-def deciding_router(name: str, work: Step[Any] | Router[Any], branches: Mapping[str, PlanNode]) -> str | None:
-    """Return a router, the node itself or one inside it, that has to see each request by itself; None without one."""
+def lone_node(name: str, work: Step[Any] | Router[Any], branches: Mapping[str, PlanNode]) -> str | None:
+    """Say which node, this one or one inside it, has to see each request by itself, and why; None without one."""
     if isinstance(work, Router) and work.decides_by_request:
-        return name
-    inside = (deciding_router(branch.name, branch.work, branch.branches) for branch in branches.values())
+        return f"router '{name}' decides for each request, and joined ones cannot be told apart; batch the nodes behind it"
+    if isinstance(work, Step) and work.sees_requests:
+        return f"step '{name}' writes each request by itself, and joined ones cannot be told apart; batch the nodes around it"
+    inside = (lone_node(branch.name, branch.work, branch.branches) for branch in branches.values())
     return next((found for found in inside if found is not None), None)
-
-
-def undecided(router: str) -> str:
-    """Say why a router cannot have joined requests."""
-    return f"router '{router}' decides for each request, and joined ones cannot be told apart; batch the nodes behind it"
 
 
 def _impurity(work: Step[Any] | Router[Any]) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from servinggraph.interfaces import NodeSketch
 
-__all__ = ["V2", "Onnx", "Python"]
+__all__ = ["V2", "Onnx", "Publish", "Python", "Queue", "Rest"]
 
 
 def Onnx(path: str | os.PathLike[str], **options: Any) -> NodeSketch:  # noqa: N802  (reads as the kind that it makes)
@@ -54,3 +54,25 @@ def V2(url: str | Sequence[str], model: str, **options: Any) -> NodeSketch:  # n
         options: keys of the `v2` step and of any node: `version`, `inputs`, `headers`, `retry`, ...
     """
     return NodeSketch("step", "v2", {"url": url if isinstance(url, str) else list(url), "model": model, **options})
+
+
+def Publish(topic: str, brokers: str, **options: Any) -> NodeSketch:  # noqa: N802
+    """Return a step for the builder that writes a copy of what passes to a Kafka topic.
+
+    Args:
+        topic: the topic.
+        brokers: `host:port`, with commas between several.
+        options: keys of the `publish` step and of any node: `key`, `format`, `on_failure`, ...
+    """
+    return NodeSketch("step", "publish", {"topic": topic, "brokers": brokers, **options})
+
+
+def Queue(topic: str, brokers: str, **options: Any) -> NodeSketch:  # noqa: N802
+    """Return a step for the builder that hands requests to a later stage over a Kafka topic.
+
+    Args:
+        topic: the topic.
+        brokers: `host:port`, with commas between several.
+        options: keys of the `queue` step and of any node: `key`, `format`, `graph`, ...
+    """
+    return NodeSketch("step", "queue", {"topic": topic, "brokers": brokers, **options})

@@ -1,0 +1,164 @@
+"""Writes records to a topic: connects when the first one is to be written, and says of each whether the brokers have it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordTooLargeError
+from pydantic import Field, field_validator
+
+from servinggraph.context import Context
+from servinggraph.errors import ServingGraphError, StepFailed, Unavailable
+from servinggraph.importing import ImportProblem
+from servinggraph.kafka import ConnectionOptions, headers as names
+from servinggraph.routers.selection.keys import key_reader
+
+__all__ = ["Record", "TopicOptions", "TopicWriter", "record_headers"]
+
+
+class Record(NamedTuple):
+    """What is written."""
+
+    value: bytes
+    key: bytes | None
+    headers: Mapping[str, bytes]
+
+
+class TopicOptions(ConnectionOptions):
+    """A topic that is written to."""
+
+    topic: str = Field(description="Topic; it has to exist.")
+    key: str = Field(
+        "id",
+        description="Key of a record: `id` for the request's, `none`, or `header:NAME`, `parameter:NAME`, `tensor:NAME` (its "
+        "first element), `field:PATH.TO.KEY` of a JSON body. Records of a key keep their order.",
+    )
+    headers: list[str] = Field(
+        default_factory=lambda: [names.TRACEPARENT, names.TRACESTATE],
+        description="Headers of the request that the record gets, too.",
+    )
+    compression: Literal["none", "gzip", "snappy", "lz4", "zstd"] = Field("none", description="Compression of what is written.")
+    linger_ms: int = Field(0, ge=0, description="How long a record may wait for others, to be written with them.")
+    max_message_bytes: int = Field(2**20, ge=1024, description="Largest record.")
+    write_timeout_ms: int = Field(10_000, ge=1, description="Longest time to write a record.")
+    settings: dict[str, Any] = Field(default_factory=dict, description="Other arguments of aiokafka's AIOKafkaProducer.")
+
+    @field_validator("key")
+    @classmethod
+    def _place(cls, key: str) -> str:
+        if key != "none":
+            key_reader(key)
+        return key
+
+
+class TopicWriter:
+    """Writes to one topic, idempotently and to all replicas. To be made on the event loop."""
+
+    def __init__(self, options: TopicOptions) -> None:
+        self._options = options
+        self._key = None if options.key == "none" else key_reader(options.key)
+        self._producer: Any = None
+        self._connecting = asyncio.Lock()
+
+    def key(self, value: Any, context: Context) -> bytes | None:
+        """Return the key of a request's record."""
+        found = None if self._key is None else self._key(value, context)
+        return None if found is None else found.encode("utf-8", "surrogateescape")
+
+    async def write(self, record: Record) -> Any:
+        """Write a record; return where it lies once all replicas have it: its `partition` and `offset`.
+
+        Raises:
+            StepFailed: the record is too large.
+            Unavailable: it was not written, as far as is known.
+        """
+        return await self.outcome(await self.begin(record))
+
+    async def begin(self, record: Record) -> asyncio.Future[Any]:
+        """Hand over a record, in the order of the calls; `outcome` says what became of it.
+
+        Raises:
+            StepFailed: the record is too large.
+            Unavailable: the brokers cannot be reached.
+        """
+        options = self._options
+        try:
+            async with asyncio.timeout(options.write_timeout_ms / 1e3):
+                producer = self._producer or await self._connected()
+                sent: asyncio.Future[Any] = await producer.send(
+                    options.topic, record.value, key=record.key, headers=list(record.headers.items())
+                )
+                return sent
+        except (KafkaError, TimeoutError) as error:
+            raise self._failure(error, len(record.value)) from error
+
+    async def outcome(self, sent: asyncio.Future[Any]) -> Any:
+        """Wait for what `begin` has handed over; see `write`."""
+        try:
+            return await asyncio.shield(sent)  # who leaves does not take back what is on its way
+        except KafkaError as error:
+            raise self._failure(error, 0) from error
+
+    def _failure(self, error: BaseException, size: int) -> ServingGraphError:
+        topic = self._options.topic
+        if isinstance(error, MessageSizeTooLargeError | RecordTooLargeError):
+            return StepFailed(
+                f"topic '{topic}' does not take a record of this size{f' ({size} bytes)' if size else ''}: "
+                f"max_message_bytes is {self._options.max_message_bytes}, and the topic has a limit of its own"
+            )
+        text = f"{type(error).__name__}: {error}".removesuffix(": ")
+        if isinstance(error, TimeoutError):
+            text = f"no word within {self._options.write_timeout_ms} ms; is there such a topic, and do its brokers live?"
+        return Unavailable(f"not written to topic '{topic}' at {self._options.brokers}: {text}")
+
+    async def _connected(self) -> Any:
+        async with self._connecting:
+            if self._producer is None:
+                options = self._options
+                compression = None if options.compression == "none" else options.compression
+                producer = AIOKafkaProducer(
+                    **options.client_settings(),
+                    **{
+                        "acks": "all",
+                        "enable_idempotence": True,
+                        "linger_ms": options.linger_ms,
+                        "max_request_size": options.max_message_bytes,
+                        "compression_type": compression,
+                        # What is not written by then is not written later either, behind the back of who was told so.
+                        "request_timeout_ms": options.write_timeout_ms,
+                        **options.settings,
+                    },
+                )
+                try:
+                    await producer.start()
+                except BaseException:
+                    await producer.stop()
+                    raise
+                self._producer = producer
+        return self._producer
+
+    async def close(self) -> None:
+        """Write what is on its way, and disconnect."""
+        if self._producer is not None:
+            await self._producer.stop()
+
+
+def record_headers(context: Context, id: str, wanted: list[str], own: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return the headers of a request's record: those of the request that are wanted, its id, and those of the format."""
+    passed = {name: context.headers[name].encode() for name in wanted if name in context.headers}
+    return {**passed, **({names.REQUEST_ID: id.encode()} if id else {}), **own}
+
+
+def check_security(options: TopicOptions) -> None:
+    """Read certificates and find what the options name.
+
+    Raises:
+        StepFailed: something is not there.
+    """
+    try:
+        options.client_settings()
+    except (OSError, ImportProblem) as error:
+        raise StepFailed(f"'security' of topic '{options.topic}': {error}") from error
