@@ -13,7 +13,7 @@ from servinggraph.protocols.kafka.deadletters import dead_letter
 from servinggraph.protocols.kafka.exchange import Exchange
 from servinggraph.protocols.kafka.records import Outgoing, Work
 
-__all__ = ["Addressing"]
+__all__ = ["Addressing", "size_of"]
 
 _JSON: Final = (names.CONTENT_TYPE, b"application/json")
 _OK: Final = (names.STATUS, names.OK.encode())
@@ -79,7 +79,7 @@ class Addressing:
             )
         return outgoing
 
-    def failure(self, work: Work, error: ServingGraphError, *, left_out: bool = False) -> Outgoing:
+    def failure(self, work: Work, error: ServingGraphError) -> Outgoing:
         """Return the record to write for a record that is given up.
 
         Whoever named a reply topic is told; all else is a dead letter, or where there is no topic
@@ -95,7 +95,7 @@ class Addressing:
         if self._dead is not None and not asked:
             return dead_letter(
                 work, error, self._dead, self._graph, self._exchange.version_of(work),
-                left_out=left_out or len(work.record.value or b"") > self._limit,
+                left_out=work.left_out or len(work.record.value or b"") > self._limit,
             )  # fmt: skip
         assert topic is not None  # options with neither are refused
         text = str(error).encode("utf-8", "replace").decode()

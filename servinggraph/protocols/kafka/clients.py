@@ -18,6 +18,7 @@ from servinggraph.kafka import KafkaOptions
 __all__ = ["Clients", "client_of", "closed", "has_topic"]
 
 _BATCH_BYTES: Final = 256 * 1024
+_SMALLEST_BATCH: Final = 1024
 _OVERHEAD: Final = 64 * 1024
 """Dead letters have headers beside what was as large as allowed already."""
 _REQUEST_MS: Final = 15_000
@@ -40,11 +41,23 @@ class Clients:
             options = options.model_copy(update={"brokers": brokers})
         self.brokers = options.brokers
         self._connection = options
+        self._batch_bytes = _BATCH_BYTES
 
     def _common(self) -> dict[str, Any]:
         # Read anew each time: certificates are replaced while a server runs.
         settings = self._connection.client_settings()
         return {**settings, "client_id": self._name, "request_timeout_ms": _REQUEST_MS, "retry_backoff_ms": 100}
+
+    def smaller_batches(self, size: int) -> bool:
+        """Have less written at once by the next producers, after a topic did not take a record of a size among others.
+
+        Returns:
+            False when it was not for the others: the record is too large by itself.
+        """
+        if self._batch_bytes <= max(size, _SMALLEST_BATCH):
+            return False
+        self._batch_bytes = max(size, _SMALLEST_BATCH, self._batch_bytes // 8)
+        return True
 
     def consumer(self) -> AIOKafkaConsumer:
         """Return a consumer that is not started, and subscribed to nothing.
@@ -64,8 +77,9 @@ class Clients:
             "heartbeat_interval_ms": max(100, given.session_timeout_ms // 4),
             # The broker waits for this long for members to come back; they need `revoke_ms` before they can.
             "rebalance_timeout_ms": given.revoke_ms + max(given.session_timeout_ms, 10_000),
+            # What aiokafka holds ready comes on top of what waits: at most a quarter of it for each broker.
             "max_partition_fetch_bytes": min(_FETCH_BYTES, self._options.max_waiting_bytes),
-            "fetch_max_bytes": self._options.max_waiting_bytes,
+            "fetch_max_bytes": max(self._options.max_waiting_bytes // 4, min(_FETCH_BYTES, self._options.max_waiting_bytes)),
             "fetch_max_wait_ms": 250,
             **given.settings,
         }
@@ -84,7 +98,7 @@ class Clients:
             "acks": "all",
             "compression_type": None if given.compression == "none" else given.compression,
             "linger_ms": given.linger_ms,
-            "max_batch_size": _BATCH_BYTES,
+            "max_batch_size": self._batch_bytes,
             "max_request_size": self._options.max_message_bytes + _OVERHEAD,
             **given.settings,
         }

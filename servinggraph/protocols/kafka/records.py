@@ -93,9 +93,10 @@ class Work:
         cancel: undoes what is waited for: an attempt under way, or the pause before one; None when nothing is.
         graph: the graph that it is for; None until that is found.
         verdict: what is known to be wrong before it is tried; None for most.
+        left_out: True when its dead letter is to have no value, because that is too large.
     """
 
-    __slots__ = ("attempts", "cancel", "graph", "headers", "lane", "partition", "record", "size", "verdict")
+    __slots__ = ("attempts", "cancel", "graph", "headers", "lane", "left_out", "partition", "record", "size", "verdict")
 
     def __init__(self, partition: Partition, record: Record, lane: Hashable) -> None:
         self.partition = partition
@@ -107,6 +108,7 @@ class Work:
         self.cancel: Callable[[], Any] | None = None
         self.graph: ServedGraph | None = None
         self.verdict: ServingGraphError | None = None
+        self.left_out = False
 
     @property
     def place(self) -> Place:

@@ -122,7 +122,7 @@ class Runner:
             if self._again(work, error):
                 return
             self._exchange.given_up(work, error)
-            outgoing = self._addressing.failure(work, error, left_out=work.verdict is not None)
+            outgoing = self._addressing.failure(work, error)
         work.cancel = None
         if not work.partition.owned:
             return

@@ -26,6 +26,7 @@ _CHUNK: Final = 500
 _CLOSE_S: Final = 5.0
 _LAST_S: Final = 1.0
 """Time to write and commit what ended at the last moment."""
+_SMOOTHING: Final = 16
 _AHEAD: Final = 65_536
 """Most records of a partition that may be done behind one that is not, before its reading pauses."""
 
@@ -51,7 +52,8 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
         self._settled = asyncio.Event()
         self._giving_up = asyncio.Lock()
         self._alive_at = self._loop.time()
-        self.joined = False
+        self._usual_size = 1000.0
+        self.joined = self._ended = False
         self.partitions: dict[TopicPartition, Partition] = {}
         self.budget = Budget(self._options.max_waiting, self._options.max_waiting_bytes)
         self.consumer: AIOKafkaConsumer = stream.clients.consumer()
@@ -109,9 +111,11 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
     async def _close(self) -> None:
         for partition in self.partitions.values():
             partition.owned = False
+        self._ended = True
         await self.runner.abandon()
         await self.delivery.stop()
         await closed(self.consumer, _CLOSE_S)
+        await self.delivery.stop()  # a rebalance that was under way may have begun anew
         if not self._failed.done():
             self._failed.cancel()
         elif not self._failed.cancelled():
@@ -128,7 +132,7 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
             self._still_alive()
             if self.budget.full:
                 await self._wait_for_room()
-            read = await consumer.getmany(timeout_ms=_POLL_MS, max_records=max(1, min(_CHUNK, self.budget.room)))
+            read = await consumer.getmany(timeout_ms=_POLL_MS, max_records=self._most())
             for place, records in read.items():
                 partition = self.partitions.get(place)
                 if partition is None:  # a rebalance is under way: they are read again once it is known where from
@@ -145,14 +149,20 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
             self._resume_partitions()
             await self._settled.wait()
 
+    def _most(self) -> int:
+        """Return how many records may be read: as fit by their number, and by their usual size."""
+        room = self.budget.max_bytes - self.budget.size
+        return max(1, min(_CHUNK, self.budget.room, int(room / self._usual_size)))
+
     def _take(self, partition: Partition, record: Record) -> None:
         partition.offsets.begin(record.offset)
         work = self.runner.take(partition, record)
         self.budget.take(work.size)
+        self._usual_size += (work.size - self._usual_size) / _SMOOTHING
         self._counts.consumed += 1
         verdicts = self._stream.verdicts
         if verdicts:
-            work.verdict = verdicts.pop(work.place, None)
+            work.verdict, work.left_out = verdicts.pop(work.place, (None, False))
 
     async def _wait_for_room(self) -> None:
         """Return once there is room to read on.
@@ -235,6 +245,8 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
 
     async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
         """Begin with partitions; called by the consumer after a rebalance."""
+        if self._ended:
+            return
         partitions = [Partition(place) for place in sorted(assigned)]
         try:
             await self.delivery.assigned(partitions)

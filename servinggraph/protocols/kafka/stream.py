@@ -14,7 +14,7 @@ from servinggraph.errors import RequestTooLarge, ServingGraphError
 from servinggraph.guards import backoff_s
 from servinggraph.kafka import KafkaOptions
 from servinggraph.lifecycle import Serving
-from servinggraph.protocols.kafka.addressing import Addressing
+from servinggraph.protocols.kafka.addressing import Addressing, size_of
 from servinggraph.protocols.kafka.clients import Clients, has_topic
 from servinggraph.protocols.kafka.delivery import NotWritten
 from servinggraph.protocols.kafka.exchange import Exchange
@@ -46,7 +46,8 @@ class Stream:
         options: its `kafka:` block.
         counts: what happened since the start.
         state: what it does now, or why it does nothing, in words.
-        verdicts: records whose answers the broker does not take, to be given up when they are read again.
+        verdicts: records whose answers the broker does not take, to be given up when they are read again; True for those
+            whose dead letters it does not take either, with their values.
         stop_by: moment on the loop's clock by which a stop has to be over.
         lag: records that wait in this member's partitions, at the last look; None before the first.
 
@@ -65,7 +66,7 @@ class Stream:
         self.clients = Clients(options, graph, brokers)
         self.exchange = Exchange(serving, graph, options)
         self.addressing = Addressing(options, graph, self.exchange)
-        self.verdicts: dict[Place, ServingGraphError] = {}
+        self.verdicts: dict[Place, tuple[ServingGraphError, bool]] = {}
         self.stop_by = 0.0
         self.lag: int | None = None
         self._notice = notice
@@ -114,9 +115,10 @@ class Stream:
         cause = error.__cause__
         if isinstance(error, NotWritten) and isinstance(cause, MessageSizeTooLargeError):
             # To be given up when it is read again, so that one record does not end session after session.
-            size = len(error.outgoing.value or b"")
+            size = size_of(error.outgoing)
             text = f"topic '{error.outgoing.topic}' takes no record of {size} bytes (its 'max.message.bytes')"
-            self.verdicts[error.work.place] = RequestTooLarge(text)
+            if not self.clients.smaller_batches(size):
+                self.verdicts[error.work.place] = RequestTooLarge(text), error.outgoing.dead
             while len(self.verdicts) > _VERDICTS:
                 del self.verdicts[next(iter(self.verdicts))]
         text = str(error) or type(error).__name__

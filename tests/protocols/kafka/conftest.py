@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from servinggraph import Graph
@@ -81,16 +87,75 @@ class Served:
             await consumer.stop()
 
 
+class Process:
+    """A server in a process of its own, to be killed and stopped in its tracks."""
+
+    def __init__(self, folder: Path, graph: str) -> None:
+        folder.mkdir()
+        shutil.copy(Path(__file__).with_name("steps_of_processes.py"), folder)
+        (folder / "graph.yaml").write_text(graph)
+        self._folder = folder
+        self._log = folder / "log"
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "servinggraph", "serve", "graph.yaml", "--http-port", "off", "--grpc-port", "off"]
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(command, cwd=self._folder, stdout=log, stderr=log)
+
+    def output(self) -> str:
+        return self._log.read_text()
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def pause(self) -> None:
+        self.signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self.signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self._process.wait(10)
+
+    def stop(self) -> int:
+        """End in order, and return the exit status."""
+        self.signal(signal.SIGCONT)
+        self.signal(signal.SIGTERM)
+        return self._process.wait(30)
+
+    def end(self) -> None:
+        if self._process.poll() is None:
+            self.kill()
+
+
 class Kit:
     """Writes and reads topics of a broker.
 
     Args:
         broker: the broker.
+        folder: for processes.
     """
 
-    def __init__(self, broker: Any) -> None:
+    def __init__(self, broker: Any, folder: Path) -> None:
         self.broker = broker
         self.address = broker.address
+        self._folder = folder
+        self.processes: list[Process] = []
+
+    async def process(self, kafka: dict[str, Any], step: str) -> Process:
+        """Serve a graph with a step of `steps_of_processes` in a process of its own."""
+        document = {
+            "graph": "g",
+            "inputs": {"x": {"datatype": "FP32", "shape": [-1]}},
+            "nodes": {"step": {"step": "python", "call": f"steps_of_processes:{step}"}},
+            "answer": "step",
+            "kafka": kafka,
+        }
+        process = Process(self._folder / f"process-{len(self.processes)}", yaml.safe_dump(document))
+        self.processes.append(process)
+        return process
 
     async def options(self, partitions: int = 1, settings: dict[str, str] | None = None, **kafka: Any) -> dict[str, Any]:
         """Return a `kafka:` block with fresh topics."""
@@ -168,9 +233,12 @@ class Kit:
 
 
 @pytest.fixture
-def kit(kafka: Any) -> Kit:
+def kit(kafka: Any, tmp_path: Path) -> Iterator[Kit]:
     """Return what writes, reads and serves topics of a real broker."""
-    return Kit(kafka)
+    made = Kit(kafka, tmp_path)
+    yield made
+    for process in made.processes:
+        process.end()
 
 
 @pytest.fixture

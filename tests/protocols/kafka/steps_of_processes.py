@@ -1,0 +1,23 @@
+"""Steps of graphs that tests serve in processes of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import Any
+
+
+def double(value: Any) -> Any:
+    return {"y": value["x"] * 2}
+
+
+async def freeze(value: Any) -> Any:
+    """Say that it runs, and go on a moment later, when the test has stopped the process meanwhile."""
+    print("asleep", file=sys.stderr, flush=True)
+    await asyncio.sleep(0.5)
+    return double(value)
+
+
+async def linger(value: Any) -> Any:
+    await asyncio.sleep(0.02)
+    return double(value)

@@ -1,0 +1,117 @@
+"""Members that come, go, stand still and come back, on a real broker."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections import Counter
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.anyio
+
+path = str(Path(__file__).with_name("conftest.py"))
+here = next(module for module in sys.modules.values() if getattr(module, "__file__", None) == path)
+body, values, until, double = here.body, here.values, here.until, here.double
+
+
+def numbers(records):
+    return [values(record)[0] for record in records]
+
+
+def requests(first, last):
+    return [(b"%d" % (number % 13), body(number)) for number in range(first, last)]
+
+
+async def echo_slowly(value):
+    await asyncio.sleep(0.05)
+    return {"y": value["x"]}
+
+
+async def test_what_runs_when_partitions_go_to_another_member_is_finished_committed_and_not_done_again(kit):
+    kafka = await kit.options(partitions=4, commit={"interval_ms": 60_000, "records": 100_000}, max_in_flight=8)
+    async with kit.serve(echo_slowly, kafka) as first:
+        await kit.send(first.input, *requests(0, 60))
+        await until(lambda: first.report["produced"] > 10)
+        async with kit.serve(echo_slowly, kafka) as second:
+            assert 2 == len(first.report["partitions"]) == len(second.report["partitions"])
+            await kit.send(first.input, *requests(60, 120))
+            answers = await kit.read(first.output, 120)
+            assert second.report["produced"] > 0
+        assert 0 == first.report["abandoned"]
+
+    assert Counter(map(float, range(120))) == Counter(numbers(answers))
+
+
+async def test_what_takes_longer_than_a_rebalance_may_wait_is_abandoned_and_done_by_the_next_member(kit):
+    began = []
+
+    async def stuck_the_first_time(value):
+        began.append(value["x"][0])
+        if len(began) == 1:
+            await asyncio.Event().wait()
+        return {"y": value["x"]}
+
+    kafka = await kit.options(input={"revoke_ms": 300})
+    async with kit.serve(stuck_the_first_time, kafka) as first:
+        await kit.send(first.input, body(1))
+        await until(lambda: began)
+        async with kit.serve(stuck_the_first_time, kafka, ready=False):
+            answers = await kit.read(first.output, 1)
+            assert 1 == first.report["abandoned"]
+
+    assert [1.0] == numbers(answers)
+
+
+@pytest.mark.parametrize("delivery", ["at_least_once", "exactly_once"])
+async def test_members_that_join_and_leave_all_the_time_lose_nothing(kit, delivery):
+    count = 400
+    kafka = await kit.options(partitions=4, delivery=delivery, transaction={"interval_ms": 20})
+    async with AsyncExitStack() as stack:
+        served = await stack.enter_async_context(kit.serve(echo_slowly, kafka))
+
+        async def feed():
+            for first in range(0, count, 20):
+                await kit.send(served.input, *requests(first, first + 20))
+
+        feeding = asyncio.ensure_future(feed())
+        for _ in range(4):
+            async with kit.serve(echo_slowly, kafka, ready=False):
+                await asyncio.sleep(0.5)
+        await feeding
+        answers = Counter(numbers(await kit.read(served.output, count)))
+
+    assert set(map(float, range(count))) == set(answers)
+    # Every rebalance was an orderly one, so that not even at least once has anything twice.
+    assert {1} == set(answers.values())
+
+
+async def test_a_member_with_a_name_comes_back_without_a_rebalance_for_the_others(kit):
+    kafka = await kit.options(partitions=4, input={"member": "a", "session_timeout_ms": 6000})
+    other = {**kafka, "input": {**kafka["input"], "member": "b"}}
+    async with kit.serve(double, kafka) as first:
+        async with kit.serve(double, other):
+            await until(lambda: len(first.report["partitions"]) == 2)
+        before = first.report["rebalances"]
+        async with kit.serve(double, other) as second:
+            assert 2 == len(first.report["partitions"]) == len(second.report["partitions"])
+            assert before == first.report["rebalances"]
+
+
+async def test_a_member_that_stood_still_for_longer_than_its_group_waits_writes_nothing_more(kit):
+    """The group has given its partition away meanwhile, and the record was answered by another."""
+    kafka = await kit.options(input={"session_timeout_ms": 1500, "revoke_ms": 1000})
+    frozen = await kit.process(kafka, "freeze")
+    await kit.send(kafka["input"]["topics"][0], body(1))
+    await until(lambda: "asleep" in frozen.output())
+    frozen.pause()
+    async with kit.serve(double, kafka) as second:
+        answers = await kit.read(second.output, 1)
+        frozen.resume()
+        await until(lambda: "Kafka" in frozen.output() and "stood still" in frozen.output(), frozen.output)
+        again = await kit.read(second.output, 1, quiet_s=2)
+    frozen.stop()
+
+    assert [[2.0], [2.0]] == [numbers(answers), numbers(again)]
