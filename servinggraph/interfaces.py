@@ -18,7 +18,7 @@ from pydantic import Field
 from servinggraph.context import Context
 from servinggraph.errors import InvalidRequest
 from servinggraph.settings import BatchPolicy, CachePolicy, FrontEndOptions, Options, SequencePolicy
-from servinggraph.tensors import Signature, TensorSpec
+from servinggraph.tensors import Array, Signature, TensorSpec
 
 __all__ = [
     "BatchPolicy",
@@ -351,8 +351,8 @@ class Router(ABC, Generic[OptionsT]):
     def take_in(self, everyone: Learned) -> None:
         """Know what all workers have learned, what was handed out here included, beside what came here since then."""
 
-    def feedback(self, record: Feedback) -> Receipt | bool:
-        """Take the outcome of an earlier request, and say what became of it; True is TAKEN, False is UNUSED.
+    def feedback(self, record: Feedback) -> Receipt:
+        """Take the outcome of an earlier request, and say what became of it.
 
         Raises:
             InvalidRequest: this router would use it, but it cannot be.
@@ -366,11 +366,11 @@ class Learned:
 
     Attributes:
         era: counts how often everything was forgotten: what was learned in an earlier era is void.
-        sums: number by name.
+        sums: name to FP64 numbers in one axis, added up one by one; a shorter array counts as filled up with 0.
     """
 
     era: int
-    sums: Mapping[str, float]
+    sums: Mapping[str, Array]
 
 
 class Receipt(Enum):

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+import numpy as np
 import orjson
 
 from servinggraph.interfaces import Learned
@@ -71,6 +72,16 @@ class StateStore(ABC):
 
 
 _ADD: Final = """
+local function sum(one, other)
+  local added = {}
+  for at = 1, math.max(#one, #other), 8 do
+    local x = at <= #one and struct.unpack('<d', one, at) or 0
+    local y = at <= #other and struct.unpack('<d', other, at) or 0
+    added[#added + 1] = struct.pack('<d', x + y)
+  end
+  return table.concat(added)
+end
+
 local era = tonumber(redis.call('HGET', KEYS[1], '#era') or '0')
 local mine, number = tonumber(ARGV[1]), tonumber(ARGV[2])
 if mine > era then
@@ -80,7 +91,9 @@ if mine > era then
 end
 if #ARGV > 3 and number > tonumber(redis.call('GET', KEYS[2]) or '0') then
   if mine == era then
-    for i = 4, #ARGV, 2 do redis.call('HINCRBYFLOAT', KEYS[1], ARGV[i], ARGV[i + 1]) end
+    for i = 4, #ARGV, 2 do
+      redis.call('HSET', KEYS[1], ARGV[i], sum(redis.call('HGET', KEYS[1], ARGV[i]) or '', ARGV[i + 1]))
+    end
   end
   redis.call('SET', KEYS[2], ARGV[2], 'EX', ARGV[3])
 end
@@ -175,14 +188,15 @@ class RedisStore(StateStore):
         # In a Redis cluster both keys are on one machine, by what stands in braces.
         keys = [f"{self._SUMS}{{{key}}}", f"{self._SUMS}{{{key}}}:{worker}"]
         arguments: list[Any] = [learned.era, number, self._REMEMBER_S]
-        for name, amount in learned.sums.items():
-            arguments += (name, repr(float(amount)))
+        for name, numbers in learned.sums.items():
+            arguments += (name, numbers.astype("<f8").tobytes())
         try:
             flat: Any = self._client.eval(_ADD, 2, *keys, *arguments)
         except self._failures as error:
             raise StateFailed(f"cannot add to state '{key}' in Redis: {error}") from error
-        sums = {name.decode(): float(amount) for name, amount in zip(flat[::2], flat[1::2], strict=True)}
-        return Learned(int(sums.pop("#era", learned.era)), sums)
+        found = {name.decode(): data for name, data in zip(flat[::2], flat[1::2], strict=True)}
+        era = int(found.pop("#era", learned.era))
+        return Learned(era, {name: np.frombuffer(data, "<f8") for name, data in found.items()})
 
     def close(self) -> None:
         self._client.close()

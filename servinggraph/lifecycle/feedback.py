@@ -56,8 +56,6 @@ def give_feedback(seats: Mapping[str, RouterSeat], record: Feedback, graph: str)
     receipts: dict[str, Receipt] = {}
     for name, seat in seats.items():
         receipt = seat.router.feedback(record)
-        if isinstance(receipt, bool):
-            receipt = Receipt.TAKEN if receipt else Receipt.UNUSED
         if receipt is not Receipt.UNUSED:
             receipts[name] = receipt
     if not receipts:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Self
 
@@ -17,6 +19,7 @@ from servinggraph.routers.bandits import (
     Arm,
     BanditOptions,
     Scorer,
+    added,
     policy_of,
     report_of,
     scorer,
@@ -26,6 +29,10 @@ from servinggraph.routers.signatures import common_signature
 from servinggraph.tensors import Array, Signature, TensorSpec
 
 __all__ = ["Bandit", "BanditOptions"]
+
+logger = logging.getLogger("servinggraph.routers")
+
+_NOTHING: Final = np.zeros(4)
 
 _OWN_FAULT: Final = frozenset({ErrorCode.INTERNAL, ErrorCode.UNAVAILABLE, ErrorCode.DEADLINE_EXCEEDED})
 """Failures that a variant answers for; the others are the caller's, or a limit's."""
@@ -66,7 +73,7 @@ class Bandit(Router[BanditOptions]):
         self._stays: Decisions[str] = Decisions(options.window.size, options.window.age_s)
         self._parameter = f"{self.name}.variant"
         self._size: int | None = None
-        self._handed_out: dict[str, float] = {}
+        self._handed_out: dict[str, Array] = {}
         self._clipped = 0
         self._resets = 0
         if options.features is None or signature.inputs is None:
@@ -81,14 +88,21 @@ class Bandit(Router[BanditOptions]):
         context.response_parameters[self._parameter] = arm.name
         try:
             answer = await branches[arm.name](value, context)
-        except ServingGraphError as error:
-            if self.options.failure_reward is not None and error.code in _OWN_FAULT:
+        except (ServingGraphError, asyncio.CancelledError) as error:
+            if self.options.failure_reward is not None and self._at_fault(error, context):
                 self._observe(arm, self.options.failure_reward, features)
             raise
         if context.id:
             assert self.host is not None  # it serves
             self._answers.note(context.id, arm.name, features, answer, self.host.now())
         return answer
+
+    def _at_fault(self, error: BaseException, context: Context) -> bool:
+        """Tell whether a variant answers for a failure: by its own fault, or because the request's time was up."""
+        if isinstance(error, ServingGraphError):
+            return error.code in _OWN_FAULT
+        assert self.host is not None  # it serves
+        return context.deadline is not None and self.host.now() >= context.deadline
 
     def describe(self) -> str:
         return f"bandit ({self.options.policy}: {', '.join(self._arms)})"
@@ -134,19 +148,20 @@ class Bandit(Router[BanditOptions]):
         return report_of(self._arms, self._decisions, self._answers, self._clipped)
 
     def remember(self) -> dict[str, Any]:
-        return {**self.settings(), "learned": {name: arm.sums() for name, arm in self._arms.items()}}
+        return {**self.settings(), "learned": {name: arm.sums().tolist() for name, arm in self._arms.items()}}
 
     def recall(self, remembered: Mapping[str, Any]) -> None:
         numbers = self._policy.numbers
         known = {n: v for n, v in remembered.items() if n in numbers and not numbers[n].fixed and not numbers[n].problem(n, v)}
         self._policy.values.update(known)
         enabled = remembered.get("enabled", {})
-        self._enable({name: bool(enabled.get(name, True)) for name in self._arms})
+        kept = {name: bool(enabled.get(name, True)) for name in self._arms}
+        self._enable(kept if any(kept.values()) else dict.fromkeys(kept, True))
         self._resets = int(remembered.get("resets", 0))
-        learned = remembered.get("learned", {})
-        for name, arm in self._arms.items():
-            self._take(arm, learned.get(name, {}))
-        self._handed_out = self._sums()  # it was, before the restart
+        for name, sums in remembered.get("learned", {}).items():
+            if name in self._arms:
+                self._take(self._arms[name], np.array(sums, np.float64))
+        self._handed_out = {name: arm.sums() for name, arm in self._arms.items()}  # it was, before the restart
 
     def succeed(self, before: Self) -> None:
         kept = ("window", "scorer", "features", "key")
@@ -154,8 +169,13 @@ class Bandit(Router[BanditOptions]):
             self._answers, self._stays = before._answers, before._stays
 
     def hand_out(self) -> Learned:
-        since = self._since_handed_out()
-        self._handed_out = self._sums()
+        since: dict[str, Array] = {}
+        for name, arm in self._arms.items():
+            now = arm.sums()
+            changed = added(now, self._handed_out.get(name, _NOTHING), -1.0)
+            self._handed_out[name] = now
+            if changed.any():
+                since[name] = changed
         return Learned(self._resets, since)
 
     def take_in(self, everyone: Learned) -> None:
@@ -163,22 +183,18 @@ class Bandit(Router[BanditOptions]):
             return  # of before it was forgotten
         if everyone.era > self._resets:
             self._forget(everyone.era)
-        # Another worker may have branches that there are not here, of a graph that is being changed.
-        theirs = {name: value for name, value in everyone.sums.items() if name.partition("/")[0] in self._arms}
-        since = self._since_handed_out()
-        self._handed_out = theirs
-        everything = theirs | {name: theirs.get(name, 0.0) + value for name, value in since.items()}
         for name, arm in self._arms.items():
-            start = name + "/"
-            self._take(arm, {key.removeprefix(start): value for key, value in everything.items() if key.startswith(start)})
-
-    def _sums(self) -> dict[str, float]:
-        return {f"{name}/{key}": value for name, arm in self._arms.items() for key, value in arm.sums().items()}
-
-    def _since_handed_out(self) -> dict[str, float]:
-        before, now = self._handed_out, self._sums()
-        changed = {name: now.get(name, 0.0) - before.get(name, 0.0) for name in now.keys() | before.keys()}
-        return {name: value for name, value in changed.items() if value}
+            theirs, now = everyone.sums.get(name, _NOTHING), arm.sums()
+            handed_out = self._handed_out.get(name, _NOTHING)
+            if theirs[1] < handed_out[1]:
+                logger.warning(
+                    "router '%s': of %d rewards of '%s' the store knows %d", self.name, handed_out[1], name, theirs[1]
+                )
+            since = added(now, handed_out, -1.0)
+            self._handed_out[name] = theirs
+            everything = added(theirs, since)
+            if not np.array_equal(everything, now):
+                self._take(arm, everything)
 
     def _features(self, value: Any, name: str) -> Array:
         """Return a request's features with a constant 1 behind them.
@@ -235,14 +251,16 @@ class Bandit(Router[BanditOptions]):
         if answered.learned:
             self._answers.duplicates += 1
             return Receipt.DUPLICATE
+        if record.reward is None and self._scorer is None:
+            raise InvalidRequest(f"router '{self.name}' has no scorer that could compare a truth: send a reward")
+        forgotten = record.reward is None and answered.answer is None
+        if forgotten or (self._policy.contextual and answered.features is None):
+            self._answers.unknown += 1  # the window's bytes were needed for others
+            return Receipt.UNKNOWN
         if record.reward is not None:
             reward = self._checked(record.reward)
-        elif self._scorer is None:
-            raise InvalidRequest(f"router '{self.name}' has no scorer that could compare a truth: send a reward")
-        elif answered.answer is None:
-            self._answers.unknown += 1
-            return Receipt.UNKNOWN
         else:
+            assert self._scorer is not None  # just seen
             try:
                 reward = self._clip(self._scorer(answered.answer, record.truth))
             except ServingGraphError as error:
@@ -285,7 +303,7 @@ class Bandit(Router[BanditOptions]):
     def _enable(self, enabled: Mapping[str, bool]) -> None:
         for name, arm in self._arms.items():
             arm.enabled = enabled[name]
-        self._enabled = tuple(arm for arm in self._arms.values() if arm.enabled) or tuple(self._arms.values())
+        self._enabled = tuple(arm for arm in self._arms.values() if arm.enabled)
 
     def _forget(self, resets: int) -> None:
         for arm in self._arms.values():
@@ -293,21 +311,22 @@ class Bandit(Router[BanditOptions]):
         self._handed_out = {}
         self._resets = resets
 
-    def _take(self, arm: Arm, sums: Mapping[str, float]) -> None:
-        """Take up saved sums.
+    def _take(self, arm: Arm, sums: Array) -> None:
+        """Take up sums of before a restart, or of all workers.
 
         Raises:
             InvalidRequest: they are of other rewards, or of features of another size.
         """
         low, high = self._policy.rewards
-        count, total = float(sums.get("count", 0)), float(sums.get("total", 0))
-        if not low * count - 1e-6 * (count + 1) <= total <= high * count + 1e-6 * (count + 1) and count:
+        count, total = sums[1], sums[2]
+        slack = 1e-6 * (count + 1)
+        if count and not low * count - slack <= total <= high * count + slack:
             raise InvalidRequest(f"the mean reward of '{arm.name}' was {total / count:g}, outside of reward_range")
-        arm.take(sums)
-        size = self._policy.size_of(arm)
+        size = self._policy.size_of(sums)
         if size is not None and self._size not in (None, size):
-            raise InvalidRequest(f"'{arm.name}' learned from {size - 1} features, another from {(self._size or 1) - 1}")
+            raise InvalidRequest(f"'{arm.name}' learned from {size - 1} features, and requests have {(self._size or 1) - 1}")
         self._size = size or self._size
+        arm.take(sums)
 
     def _made_scorer(self, problems: list[Problem]) -> Scorer | None:
         if self.options.scorer is None:

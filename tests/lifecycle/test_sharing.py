@@ -10,6 +10,7 @@ from uuid import uuid4
 
 import numpy as np
 import pytest
+import redis
 
 from servinggraph import Graph, routers
 from servinggraph.errors import StepFailed
@@ -99,7 +100,7 @@ def test_linear_models_add_up_as_well(run, manual_clock, redis_url, name):
             await learn(other, rows[15:])
             await exchanged(manual_clock)
             for server in (one, other):
-                assert pytest.approx(wanted) == server.router("score").remember()["learned"]["a"]
+                assert pytest.approx(wanted, abs=1e-12) == server.router("score").remember()["learned"]["a"]
 
     run(check())
 
@@ -216,21 +217,44 @@ def test_processes_learn_together_and_one_that_is_killed_loses_an_interval_at_mo
     assert report["shares"]["a"] > 0.8
 
 
+def test_a_redis_that_forgets_is_noticed(run, manual_clock, redis_url, name, caplog):
+    async def check():
+        async with a_graph(redis_url, name).mock() as server:
+            await server.feedback(variant="a", reward=1.0)
+            await exchanged(manual_clock)
+            with redis.Redis.from_url(redis_url) as client:
+                assert 2 == client.delete(*client.keys(f"*{name}/*"))
+            await exchanged(manual_clock)
+            assert {"a": 0, "b": 0} == counts(server)
+
+    run(check())
+    assert "router 'score': of 1 rewards of 'a' the store knows 0" in caplog.messages
+
+
+def learned(era, **sums):
+    return Learned(era, {name: np.array(numbers, float) for name, numbers in sums.items()})
+
+
+def plain(learned):
+    return learned.era, {name: numbers.tolist() for name, numbers in learned.sums.items()}
+
+
 def test_sums_are_exact_whatever_is_repeated_and_in_whatever_order(redis_url, tmp_path, name):
     store = open_store(redis_url, tmp_path)
     chance = random.Random(4)
-    wanted = 0
+    wanted = 0.0
     for number in range(1, 41):
         for worker in "xyz":
-            learned = Learned(0, {"a/count": 1.0, "a/total": chance.randrange(8) / 8})
-            wanted += learned.sums["a/total"]
+            reward = chance.random()
+            wanted += reward
             for _ in range(chance.randrange(1, 4)):
-                found = store.add(name, worker, number, learned)
-    assert (0, {"a/count": 120.0, "a/total": wanted}) == (found.era, found.sums)
+                found = store.add(name, worker, number, learned(0, a=[1, reward]))
+    assert (0, {"a": [120, wanted]}) == plain(found)  # to the last bit: the same additions in the same order
 
-    late = store.add(name, "x", 41, Learned(0, {}))
-    assert found == late
-    assert Learned(2, {}) == store.add(name, "x", 42, Learned(2, {}))
-    assert Learned(2, {}) == store.add(name, "y", 41, Learned(0, {"a/count": 9.0}))  # of an earlier era
-    assert Learned(2, {"a/count": 1e-9}) == store.add(name, "y", 42, Learned(2, {"a/count": 1e-9}))
+    assert plain(found) == plain(store.add(name, "x", 41, learned(0)))
+    assert (0, {"a": [120, wanted], "b": [1, 2, 3]}) == plain(store.add(name, "x", 42, learned(0, b=[1, 2, 3])))
+    assert (0, {"a": [120, wanted, 7], "b": [3, 2, 3]}) == plain(store.add(name, "x", 43, learned(0, a=[0, 0, 7], b=[2])))
+    assert (2, {}) == plain(store.add(name, "x", 44, learned(2)))
+    assert (2, {}) == plain(store.add(name, "y", 41, learned(0, a=[9])))  # of an earlier era
+    assert (2, {"a": [1e-300]}) == plain(store.add(name, "y", 42, learned(2, a=[1e-300])))
     store.close()

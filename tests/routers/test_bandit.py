@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 
 import numpy as np
 import pytest
 
 from servinggraph import Graph, routers, steps
-from servinggraph.errors import GraphInvalid, GraphNotFound, InvalidRequest, RequestNotFound, StepFailed
+from servinggraph.errors import DeadlineExceeded, GraphInvalid, GraphNotFound, InvalidRequest, RequestNotFound, StepFailed
 
 X = np.array([1.0], np.float32)
 
@@ -302,6 +303,26 @@ def test_a_failure_counts_where_the_graph_says_so():
         assert 0 < failures < 15
 
 
+def test_an_answer_that_comes_too_late_is_a_failure_and_a_caller_who_leaves_is_none(run, manual_clock):
+    async def slow(value):
+        await asyncio.sleep(10)
+
+    async def check():
+        async with a_graph("ucb1", {"a": slow}, failure_reward=0.0).mock() as server:
+            rewards = server.router("score").report
+            request = asyncio.ensure_future(server.infer(x=X, timeout_s=1))
+            await manual_clock.advance(2)
+            assert isinstance(request.exception(), DeadlineExceeded)
+            assert 1 == rewards()["rewards"]["a"]["count"]
+            request = asyncio.ensure_future(server.infer(x=X, timeout_s=1))
+            await manual_clock.settle()
+            request.cancel()
+            await asyncio.wait([request])
+            assert (2, 1) == tuple(rewards()["rewards"]["a"][name] for name in ("requests", "count"))
+
+    run(check())
+
+
 def test_a_callers_mistake_is_no_failure_of_the_variant():
     def refusing(value):
         raise InvalidRequest("no")
@@ -393,7 +414,7 @@ def test_what_was_learned_survives_a_restart(tmp_path, policy):
     grown = a_graph(policy, {"b": b, "c": a}, state=str(tmp_path / "state.json"), **options)
     with grown.mock() as server:
         counts = {name: rewards["count"] for name, rewards in server.router("score").report()["rewards"].items()}
-    assert {"b": before["learned"]["b"]["count"], "c": 0} == counts
+    assert {"b": before["learned"]["b"][1], "c": 0} == counts
 
 
 def test_saved_rewards_of_another_range_are_refused(tmp_path):
@@ -470,3 +491,15 @@ def test_features_may_be_a_field_of_a_body():
         for wrong in ("text", [[1], [2, 3]], None):
             with pytest.raises(InvalidRequest):
                 server.invoke({"user": wrong})
+
+
+def test_features_are_kept_within_the_windows_bytes():
+    window = {"max_bytes": 1000}
+    with a_graph("linucb", {"a": line}, F, features="x", window=window).mock() as server:
+        for number in range(20):
+            server.infer(x=np.zeros((1, 2), np.float32), id=str(number))
+        assert 0 < server.router("score").report()["feedback"]["remembered_bytes"] <= 1000
+        with pytest.raises(RequestNotFound):
+            server.feedback("0", reward=1.0)
+        assert {"score": "taken"} == server.feedback("19", reward=1.0)
+        assert {"score": "duplicate"} == server.feedback("19", reward=1.0)

@@ -1,6 +1,6 @@
 """What the `bandit` router is made of: its options, arms, one policy in each module, scorers, and what it remembers."""
 
-from servinggraph.routers.bandits.arms import Arm, Number, Policy, RewardRange
+from servinggraph.routers.bandits.arms import Arm, Number, Policy, RewardRange, added
 from servinggraph.routers.bandits.epsilon_greedy import EpsilonGreedy
 from servinggraph.routers.bandits.linucb import MAX_FEATURES, LinUcb
 from servinggraph.routers.bandits.options import BanditOptions, policy_of
@@ -12,5 +12,5 @@ from servinggraph.routers.bandits.window import Answers, Window
 
 __all__ = [
     "MAX_FEATURES", "SCORERS", "Answers", "Arm", "BanditOptions", "BetaThompson", "EpsilonGreedy", "GaussianThompson",
-    "LinUcb", "Number", "Policy", "RewardRange", "Scorer", "Ucb1", "Window", "policy_of", "report_of", "scorer",
+    "LinUcb", "Number", "Policy", "RewardRange", "Scorer", "Ucb1", "Window", "added", "policy_of", "report_of", "scorer",
 ]  # fmt: skip

@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from math import inf, isfinite
 from typing import Any, ClassVar, Final, NamedTuple
 
+import numpy as np
 from numpy.random import Generator
 
 from servinggraph.routers.selection import Rewards
 from servinggraph.tensors import Array
 
-__all__ = ["Arm", "Number", "Policy", "RewardRange"]
+__all__ = ["NEVER", "Arm", "Number", "Policy", "RewardRange", "added", "highest"]
 
 
 class RewardRange(NamedTuple):
@@ -45,8 +46,6 @@ class Arm(Rewards):
         decided: requests that were sent to it.
     """
 
-    SUMS: ClassVar = ("decided", "count", "total", "squares")
-
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
@@ -61,14 +60,13 @@ class Arm(Rewards):
         """Learn a reward, of a request with these features where the policy looks at them."""
         self.add(reward)
 
-    def sums(self) -> dict[str, float]:
-        """Return what is known, as numbers by name that add up over workers."""
-        return {name: getattr(self, name) for name in Arm.SUMS}
+    def sums(self) -> Array:
+        """Return what is known, as FP64 numbers that add up over workers: decided, count, total, squares, and more."""
+        return np.array([self.decided, self.count, self.total, self.squares])
 
-    def take(self, sums: Mapping[str, float]) -> None:
-        """Know what `sums` says, in place of what was known; a name that is missing counts as 0."""
-        for name in Arm.SUMS:
-            setattr(self, name, float(sums.get(name, 0.0)))
+    def take(self, sums: Array) -> None:
+        """Know what `sums` says, in place of what was known."""
+        self.decided, self.count, self.total, self.squares = sums[:4].tolist()
 
 
 class Number(NamedTuple):
@@ -126,8 +124,8 @@ class Policy(ABC):
         """Return a new arm that knows nothing."""
         return Arm(name)
 
-    def size_of(self, arm: Arm) -> int | None:
-        """Return how many features an arm has learned from, the constant included; None where none."""
+    def size_of(self, sums: Array) -> int | None:
+        """Return how many features an arm's sums are of, the constant included; None where there are none."""
         return None
 
     @abstractmethod
@@ -138,6 +136,14 @@ class Policy(ABC):
             arms: the arms that may be chosen, at least one.
             features: the request's features, for a contextual policy.
         """
+
+
+def added(one: Array, other: Array, sign: float = 1.0) -> Array:
+    """Return the sum of two arrays, the shorter one filled up with 0; `other` times `sign`."""
+    result = np.zeros(max(len(one), len(other)))
+    result[: len(one)] = one
+    result[: len(other)] += sign * other
+    return result
 
 
 NEVER: Final = -inf

@@ -68,25 +68,17 @@ class _LinearArm(Arm):
         self.inverse -= np.outer(moved, moved) / (1 + features @ moved)
         self.theta = self.inverse @ self._weighted
 
-    def sums(self) -> dict[str, float]:
-        found = super().sums()
-        found |= {f"b{index}": value for index, value in enumerate(self._weighted.tolist()) if value}
-        upper = self._squared[np.triu_indices(self._weighted.size)].tolist()
-        return found | {f"A{index}": value for index, value in enumerate(upper) if value}
+    def sums(self) -> Array:
+        return np.concatenate((super().sums(), self._weighted, self._squared[np.triu_indices(self._weighted.size)]))
 
-    def take(self, sums: Mapping[str, float]) -> None:
+    def take(self, sums: Array) -> None:
         super().take(sums)
-        # The element of the constant is the last of A's, and there as soon as there is any reward.
-        last = max((int(name[1:]) for name in sums if name[0] == "A"), default=-1)
-        size = self._weighted.size if last < 0 else int((sqrt(8 * last + 9) - 1) / 2 + 0.5)
-        self._squared, self._weighted = np.zeros((size, size)), np.zeros(size)
-        rows, columns = np.triu_indices(size)
-        for name, value in sums.items():
-            if name[0] == "b":
-                self._weighted[int(name[1:])] = value
-            elif name[0] == "A":
-                at = int(name[1:])
-                self._squared[rows[at], columns[at]] = self._squared[columns[at], rows[at]] = value
+        size = _size(sums)
+        self._weighted = sums[4 : 4 + size].copy()
+        upper = np.zeros((size, size))
+        upper[np.triu_indices(size)] = sums[4 + size :]
+        self._squared = upper + np.triu(upper, 1).T
+        self.inverse, self.theta = None, np.zeros(0)
         if size:
             self._refresh()
 
@@ -94,6 +86,11 @@ class _LinearArm(Arm):
         self._since = 0
         self.inverse = np.linalg.inv(self._squared + self._ridge * np.eye(self._weighted.size))
         self.theta = self.inverse @ self._weighted
+
+
+def _size(sums: Array) -> int:
+    """Return how many features sums are of: n have n products with the reward, and n (n + 1) / 2 with each other."""
+    return round((sqrt(8 * (len(sums) - 4) + 9) - 3) / 2)
 
 
 class LinUcb(Policy):
@@ -106,9 +103,8 @@ class LinUcb(Policy):
     def arm(self, name: str) -> Arm:
         return _LinearArm(name, self.values["ridge"])
 
-    def size_of(self, arm: Arm) -> int | None:
-        assert isinstance(arm, _LinearArm)
-        return arm.theta.size or None
+    def size_of(self, sums: Array) -> int | None:
+        return _size(sums) or None
 
     def choose(self, arms: Sequence[Arm], features: Array | None) -> Arm:
         assert features is not None

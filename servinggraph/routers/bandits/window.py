@@ -24,7 +24,8 @@ class Window(Options):
     max_bytes: int = Field(
         100_000_000,
         ge=0,
-        description="Most bytes of answers that are kept to be compared with a `truth`; the oldest is forgotten first.",
+        description="Most bytes of features, and of answers that are kept to be compared with a `truth`; the oldest is "
+        "forgotten first.",
     )
 
 
@@ -33,9 +34,9 @@ class Answered:
 
     Attributes:
         variant: who answered.
-        features: what a contextual policy decided by.
+        features: what a contextual policy decided by; None where it looks at none, or not any more.
         answer: the answer, where a truth may come; None where it is not kept, or not any more.
-        size: bytes of the answer.
+        size: bytes of both.
         learned: True once its reward has come.
     """
 
@@ -54,7 +55,7 @@ class Answers:
 
     Args:
         window: bounds.
-        keep: True to keep answers, too.
+        keep: True to keep answers.
 
     Attributes:
         duplicates: feedback for a request that had its feedback already.
@@ -63,7 +64,7 @@ class Answers:
 
     def __init__(self, window: Window, *, keep: bool) -> None:
         self._noted: Decisions[Answered] = Decisions(window.size, window.age_s)
-        self._max_bytes = window.max_bytes if keep else 0
+        self._max_bytes = window.max_bytes
         self._keep = keep
         self._kept: deque[Answered] = deque()
         self._bytes = 0
@@ -75,7 +76,7 @@ class Answers:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the answers that are kept."""
+        """Bytes of the answers and features that are kept."""
         return self._bytes
 
     def note(self, id: str, variant: str, features: Array | None, answer: Any, now: float) -> None:
@@ -84,7 +85,9 @@ class Answers:
             return
         entry = Answered(variant, features)
         if self._keep:
-            self._hold(entry, answer)
+            entry.answer = _own(answer)
+        if self._keep or features is not None:
+            self._hold(entry)
         self._noted.note(id, entry, now)
 
     def find(self, id: str, now: float) -> Answered | None:
@@ -92,18 +95,16 @@ class Answers:
         return self._noted.find(id, now)
 
     def learned(self, entry: Answered) -> None:
-        """Note that a request has its reward, and let go of its answer."""
+        """Note that a request has its reward, and let go of what it was learned from."""
         entry.learned = True
-        entry.features = None
         self._release(entry)
 
-    def _hold(self, entry: Answered, answer: Any) -> None:
-        entry.answer = _own(answer)
-        entry.size = _size_of(entry.answer)
+    def _hold(self, entry: Answered) -> None:
+        entry.size = _size_of(entry.answer) + _size_of(entry.features)
         self._bytes += entry.size
         self._kept.append(entry)
         # Also those that have let go of theirs: so this is never longer than what is remembered, and a little.
-        while self._kept and (self._bytes > self._max_bytes or self._kept[0].answer is None or len(self._kept) > self._most):
+        while self._kept and (self._bytes > self._max_bytes or self._kept[0].size == 0 or len(self._kept) > self._most):
             self._release(self._kept.popleft())
 
     @property
@@ -112,7 +113,7 @@ class Answers:
 
     def _release(self, entry: Answered) -> None:
         self._bytes -= entry.size
-        entry.answer, entry.size = None, 0
+        entry.answer, entry.features, entry.size = None, None, 0
 
 
 def _own(answer: Any) -> Any:
