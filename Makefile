@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements/lock.txt
 GRAPH ?= examples/digits/graph.yaml
 
-.PHONY: install serve test lint coverage bench proto lock clean
+.PHONY: install serve test lint coverage bench image-test proto lock clean
 
 install: .venv/.installed          ## .venv with the servinggraph command in it
 
@@ -32,6 +32,11 @@ bench: .venv/.dev                  ## ours beside the peers; takes about 15 minu
 	scripts/system-packages.sh wrk=wrk
 	$(BIN)/python loadtests/bench.py
 
+image-test: .venv/.dev             ## build the images with buildah, run them, test them; as root
+	scripts/system-packages.sh buildah=buildah debootstrap=debootstrap
+	scripts/image.sh
+	$(BIN)/python -m pytest -q -p no:cacheprovider deploy/docker
+
 proto: .venv/.dev                  ## messages of the gRPC front end from their .proto files
 	$(BIN)/python scripts/proto.py
 
@@ -39,6 +44,8 @@ lock:                              ## resolve requirements/lock.txt anew
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile pyproject.toml requirements/dev.in --extra grpc --extra kafka --extra kafka-dev --extra onnx --extra plot --extra redis --extra remote --extra test \
 	  --no-header --no-emit-index-url --no-annotate --python-version 3.11 --upgrade -o requirements/lock.txt
+	$(BIN)/uv pip compile pyproject.toml requirements/gpu.in --extra grpc --extra kafka --extra onnx-gpu --extra redis --extra remote \
+	  --constraint requirements/lock.txt --no-header --no-emit-index-url --no-annotate --python-version 3.11 --upgrade -o requirements/lock-gpu.txt
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -7,7 +7,7 @@ the kernel knows nothing more of it than what stands here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -194,6 +194,10 @@ class Step(ABC, Generic[OptionsT]):
     @abstractmethod
     def operation(self) -> Operation:
         """Return the callable that runs the step. Called once, on the event loop, after `load`."""
+
+    def files(self) -> Iterable[Path]:
+        """Return the files that the step needs beside its code, a model say; asked for after `prepare`."""
+        return ()
 
     def describe(self) -> str:
         """Say in a few words what this is and where it runs, for start-up and `check`."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import click
 
+from servinggraph.cli.build import build
 from servinggraph.cli.compare import compare
 from servinggraph.cli.graph import check, plot, schema
+from servinggraph.cli.health import health
 from servinggraph.cli.kafka import kafka
 from servinggraph.cli.project import init
 from servinggraph.cli.replay import replay  # noqa: F401  (a command of `kafka`)
@@ -36,5 +38,5 @@ def version() -> None:
             continue
 
 
-for command in (serve, check, plot, schema, init, compare, kafka):
+for command in (serve, build, health, check, plot, schema, init, compare, kafka):
     main.add_command(command)

@@ -4,6 +4,12 @@
 differently, `probe` warms up and measures, `binding` keeps GPU traffic off the pageable path.
 """
 
+import os
+
+# ONNX Runtime 1.32 reports its use to its makers, on Linux as well. A server does so only where it is told to
+# (ORT_DISABLE_TELEMETRY=0); the variable is read when the library is loaded.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 from servinggraph.steps.onnx.step import Onnx, OnnxOptions
 
 __all__ = ["Onnx", "OnnxOptions"]

@@ -76,6 +76,8 @@ def open_session(path: Path, options: OnnxOptions, place: Placement, cache: Path
         DeviceMissing: ONNX Runtime has the provider but could not start it, a library is missing, say.
         Exception: ONNX Runtime's own, when the file is no model it can run.
     """
+    if place.is_nvidia and hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # finds CUDA and cuDNN that were installed as Python packages
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.threads
     settings.inter_op_num_threads = options.inter_threads

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from servinggraph.context import Context
 from servinggraph.errors import DatatypeMismatch, GraphInvalid, InvalidRequest, Problem, ShapeMismatch, StepFailed
 from servinggraph.interfaces import BatchPolicy, Operation, Options, Step
 from servinggraph.steps.onnx.binding import BoundSession
+from servinggraph.steps.onnx.external import external_data
 from servinggraph.steps.onnx.probe import has_recurrence, rows_are_independent, run_seconds, sample, thread_hop_seconds
 from servinggraph.steps.onnx.session import DeviceMissing, open_session, placed
 from servinggraph.steps.onnx.state import ModelState, StateOptions, read_state
@@ -191,6 +192,9 @@ class Onnx(Step[OnnxOptions]):
         if stateful is not None:
             return Operation(lambda value, context: stateful(admit(value), context), suspends=False)
         return Operation(lambda value, context: execute(admit(value)), suspends=False)
+
+    def files(self) -> Iterable[Path]:
+        return [self._path, *external_data(self._path)]
 
     def describe(self) -> str:
         mode = getattr(self, "_mode", None)
