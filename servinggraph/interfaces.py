@@ -129,6 +129,7 @@ class Step(ABC, Generic[OptionsT]):
         in_sequences: True when the graph declares `sequences`; set before `prepare`.
         keeps_state: True when the step keeps something in `context.sequences`; set by `prepare`.
         counts: False when the step never uses `count` and `observe` of its context; set by `prepare`.
+        batches_by_itself: True when `load` may give a policy where the graph is silent about batching.
         unbatchable: why the step cannot be batched, where its tensors do not say so; set by `prepare`.
         declared_outputs: outputs that the definition declares, names as the step gives them; set before `prepare`.
         conceal: puts `${NAME}` in place of what came from the environment, in a text for people; set before `prepare`.
@@ -138,6 +139,7 @@ class Step(ABC, Generic[OptionsT]):
 
     options_type: ClassVar[type[Options]]
     gives_row_errors: bool = True
+    batches_by_itself: ClassVar[bool] = False
     streams: bool = False
     in_sequences: bool = False
     keeps_state: bool = False
@@ -241,6 +243,8 @@ class Router(ABC, Generic[OptionsT]):
     Attributes:
         options_type: pydantic model of the keys that this kind understands in YAML.
         in_sequence: True when each branch gets what the branch before it gives.
+        keeps_rows: True when each branch gets the rows that reached the router, all of them: what was joined in
+            front of the router needs no queue at a branch.
         decides_by_request: True when parameters, headers or single values of a request decide: requests that
             are joined to a batch before it could not be told apart.
         routes: True when the route in a request's URL decides; set by `signature`.
@@ -255,6 +259,7 @@ class Router(ABC, Generic[OptionsT]):
 
     options_type: ClassVar[type[Options]]
     in_sequence: ClassVar[bool] = False
+    keeps_rows: ClassVar[bool] = False
     decides_by_request: ClassVar[bool] = False
     routes: bool = False
     versions: Collection[str] = ()

@@ -34,6 +34,8 @@ class PlanNode:
         keep: tensors that go past the node; "all" for each that it gets; None for none.
         timeout_s: longest time for this node; None without a limit.
         batch: what the graph says of batching; None when it is silent.
+        joined: policy of the queue of the router around it, in which its requests have waited; then it has none
+            of its own. None where it has to see to that itself.
         cache: how its answers are kept; None when they are not.
         guards: retries, circuit breaker, rate limit, places; None without any.
         outputs: declared outputs, checked on every answer; None when nothing is declared.
@@ -51,6 +53,7 @@ class PlanNode:
     keep: tuple[str, ...] | str | None = None
     timeout_s: float | None = None
     batch: BatchPolicy | bool | None = None
+    joined: BatchPolicy | None = None
     cache: CachePolicy | None = None
     guards: Guards | None = None
     outputs: Mapping[str, TensorSpec] | None = None

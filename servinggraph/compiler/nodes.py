@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -72,6 +72,7 @@ class NodeCompiler:
         else:
             branches = self._branches(name, spec, path, inside)
             work, signature = self._router(name, spec, path, branches)
+            branches = _joined(branches, work, spec.batch)
         if work is None or signature is None:
             return None
         self._check_inputs(signature, inside, path, name)
@@ -324,6 +325,19 @@ class NodeCompiler:
                 text = f"'keep' names '{tensor}', which does not reach this node{nearest(tensor, list(given))}"
                 self._report(text, (*path, "keep"), name)
         return {tensor: given[tensor] for tensor in spec.keep if tensor in given}
+
+
+def _joined(branches: dict[str, PlanNode], router: Router[Any] | None, batch: BatchPolicy | bool | None) -> dict[str, PlanNode]:
+    """Return branches of which those without a word on batching rely on the queue in front of their router, if it has one."""
+    policy = BatchPolicy() if batch is True else batch or None
+    if router is None or policy is None or not router.keeps_rows:
+        return branches
+    return {
+        short: replace(node, joined=policy)
+        if isinstance(node.work, Step) and node.work.batches_by_itself and node.work.unbatchable is None and node.batch is None
+        else node
+        for short, node in branches.items()
+    }
 
 
 def lone_node(name: str, work: Step[Any] | Router[Any], branches: Mapping[str, PlanNode]) -> str | None:

@@ -269,9 +269,9 @@ def _loaded(node: PlanNode, step: Step[Any], statistics: NodeStatistics) -> Batc
     """Load a step; whatever it raises becomes an error that names it and that a future can hold."""
     began = perf_counter_ns()
     try:
-        policy = step.load(node.batch)
+        policy = step.load(node.joined or node.batch)
         statistics.load_ns = perf_counter_ns() - began
-        return policy
+        return None if node.joined else policy
     except ServingGraphError as error:
         raise error.at(node.name) from error.__cause__
     except BaseException as error:

@@ -109,6 +109,7 @@ class Ensemble(Router[EnsembleOptions]):
     """
 
     options_type = EnsembleOptions
+    keeps_rows = True
 
     @classmethod
     def reaching(cls, branch: str, options: Mapping[str, Any], given: Tensors, before: Mapping[str, Signature]) -> Tensors:

@@ -84,6 +84,7 @@ class Onnx(Step[OnnxOptions]):
     options_type = OnnxOptions
     gives_row_errors = False
     counts = False
+    batches_by_itself = True
 
     def prepare(self) -> Signature:
         path = Path(self.options.path)
