@@ -262,7 +262,7 @@ class Server:
         if self.options.kafka == "off" or not (asked or self.serving.repository.settings.folder is not None):
             return None
         try:
-            return load_kind("protocols", "kafka")(self.serving, self.options.kafka_brokers)
+            return load_kind("protocols", "kafka")(self.serving, self.development_broker or self.options.kafka_brokers)
         except ImportProblem as error:
             if asked:
                 raise CannotServe(f"a graph has a 'kafka:' block: {error}") from None

@@ -7,7 +7,7 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,9 +119,26 @@ def _banner(server: Server, path: Path, seconds: float) -> str:
     if server.development_broker is not None:
         lines.append(f"  Kafka for development only, in memory, on {server.development_broker}")
     lines.append(f"  ready in {seconds:.2f} s; stop with Ctrl-C")
+    tries = []
     if "http" in server.front_ends and server.plans:
-        lines += ["", "  Try it:", "", f"  {_curl(server.plans[0], host, server.front_ends['http'].port)}", ""]
+        tries.append(_curl(server.plans[0], host, server.front_ends["http"].port))
+    if server.development_broker is not None:
+        tries += _over_kafka(server.plans, server.development_broker)
+    if tries:
+        lines += ["", "  Try it:", "", *(f"  {line}" for line in tries), ""]
     return "\n".join(lines)
+
+
+def _over_kafka(plans: Sequence[Plan], brokers: str) -> list[str]:
+    """Return lines that send a request to the first graph that reads topics, and show its answer."""
+    plan = next((plan for plan in plans if plan.kafka is not None), None)
+    if plan is None or plan.kafka is None:
+        return []
+    data = _body_data(plan)[0] if plan.body else _data(plan) or "@request.json"
+    lines = [f"servinggraph kafka send {plan.kafka.input.topics[0]} {shlex.quote(data)} --brokers {brokers}"]
+    if plan.kafka.output.topic:
+        lines.append(f"servinggraph kafka read {plan.kafka.output.topic} --from-start --brokers {brokers}")
+    return lines
 
 
 def _curl(plan: Plan, host: str, port: int) -> str:
@@ -129,9 +146,15 @@ def _curl(plan: Plan, host: str, port: int) -> str:
     url = f"http://{host}:{port}/v2/models/{plan.name}"
     if plan.body:
         return _curl_body(plan, f"{url}/invocations")
+    data = _data(plan)
+    return f"curl -s {url}" if data is None else f"curl -s {url}/infer -d {shlex.quote(data)}"
+
+
+def _data(plan: Plan) -> str | None:
+    """Return a request as curl takes it: the sample beside the graph, else zeros; None where these would be many."""
     sample = Path(plan.source).parent / "sample.json" if plan.source else None
     if sample is not None and sample.is_file():
-        return f"curl -s {url}/infer -d {shlex.quote(f'@{sample}')}"
+        return f"@{sample}"
     inputs = []
     for name, spec in plan.inputs.items():
         shape = [1 if size == -1 else size for size in spec.shape or ()]
@@ -139,22 +162,27 @@ def _curl(plan: Plan, host: str, port: int) -> str:
         for size in shape:
             count *= size
         if count > 64:
-            return f"curl -s {url}"
+            return None
         filler: Any = {"BYTES": "text", "BOOL": False}.get(spec.datatype or "", 0)
         if not spec.optional:
             inputs.append({"name": name, "datatype": spec.datatype, "shape": shape, "data": [filler] * count})
-    return f"curl -s {url}/infer -d '{json.dumps({'inputs': inputs})}'"
+    return json.dumps({"inputs": inputs})
 
 
 def _curl_body(plan: Plan, url: str) -> str:
-    """Return a curl line for a graph with `inputs: body`: with the sample beside it, else with text or an object."""
+    data, media = _body_data(plan)
+    option = "--data-binary" if data.startswith("@") else "-d"
+    return f"curl -s {url} -H 'Content-Type: {media}' {option} {shlex.quote(data)}"
+
+
+def _body_data(plan: Plan) -> tuple[str, str]:
+    """Return a body for a graph with `inputs: body`, and its type: the sample beside it, else text or an object."""
     for suffix, media in ((".json", "application/json"), (".txt", "text/plain")):
         sample = Path(plan.source).parent / f"sample{suffix}" if plan.source else None
         if sample is not None and sample.is_file():
-            return f"curl -s {url} -H 'Content-Type: {media}' --data-binary {shlex.quote(f'@{sample}')}"
+            return f"@{sample}", media
     keys = dict.fromkeys(plan.body_keys or (), "...")
-    body = json.dumps(keys) if keys else '"..."'
-    return f"curl -s {url} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+    return (json.dumps(keys) if keys else '"..."'), "application/json"
 
 
 def _as_option(name: str, value: Any) -> Any:

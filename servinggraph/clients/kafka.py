@@ -101,7 +101,7 @@ class Client:
         """
         settings = self._connection.client_settings()
         self._consumer = AIOKafkaConsumer(
-            **settings, auto_offset_reset="latest", enable_auto_commit=False, isolation_level="read_committed"
+            **settings, auto_offset_reset="latest", enable_auto_commit=False, isolation_level="read_committed", check_crcs=False
         )
         self._producer = AIOKafkaProducer(
             **settings,

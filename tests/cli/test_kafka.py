@@ -1,7 +1,12 @@
 """`servinggraph kafka send` and `read`: records with nothing else installed."""
 
 import asyncio
+import itertools
 import json
+import shlex
+import signal
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -107,3 +112,29 @@ answer: same
     assert f"{dead}: 0 dead letters\n" == second.output
     read = kafka("read", topic, "--from-start", "--count", "2", *graph)
     assert [1, 2] == [json.loads(line)["value"] for line in read.output.splitlines()]
+
+
+@pytest.mark.slow
+def test_the_lines_that_a_server_with_a_development_broker_prints_work(tmp_path):
+    (tmp_path / "graph.yaml").write_text(
+        """
+graph: g
+inputs: {x: {datatype: FP32, shape: [-1]}}
+kafka: {brokers: "kafka.invalid:9092", input: {topics: [in], group: g}, output: {topic: out}}
+nodes: {same: {step: python, call: "copy:copy"}}
+answer: same
+"""
+    )
+    command = [sys.executable, "-m", "servinggraph"]
+    serve = [*command, "serve", "graph.yaml", "--kafka-dev", "--http-port", "off", "--grpc-port", "off"]
+    with subprocess.Popen(serve, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            printed = list(itertools.takewhile(lambda line: "kafka read" not in line, iter(server.stdout.readline, "")))
+            send = next(shlex.split(line) for line in printed if "kafka send" in line)
+            subprocess.run([*command, *send[1:]], check=True, cwd=tmp_path, timeout=30, stderr=subprocess.DEVNULL)
+            read = [*command, "kafka", "read", "out", "--from-start", "--count", "1", *send[-2:]]
+            (answer,) = subprocess.run(read, check=True, capture_output=True, timeout=30, text=True).stdout.splitlines()
+        finally:
+            server.send_signal(signal.SIGTERM)
+    assert any("for development only" in line for line in printed)
+    assert [0.0] == json.loads(answer)["value"]["outputs"][0]["data"]

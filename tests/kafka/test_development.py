@@ -6,6 +6,7 @@ import sys
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
+from servinggraph import Graph
 from servinggraph.kafka import ConnectionOptions
 from servinggraph.kafka.development import address, development_broker
 from servinggraph.server import CannotServe, Server, ServerOptions
@@ -69,8 +70,44 @@ async def test_a_server_says_what_is_not_installed(graph, monkeypatch):
 
 @pytest.fixture
 def graph():
-    from servinggraph import Graph
 
     graph = Graph("same", inputs={"x": ("FP32", [-1])})
     graph.to(lambda x: {"y": x}).respond()
     return graph
+
+
+@pytest.mark.slow
+async def test_a_stream_that_began_there_is_served_exactly_once():
+    from servinggraph.interfaces import FrontEndOptions
+    from servinggraph.lifecycle import Serving
+    from servinggraph.protocols.kafka.server import KafkaFrontEnd
+
+    kafka = {
+        "brokers": "kafka.invalid:9092",
+        "input": {"topics": ["in"], "group": "g"},
+        "output": {"topic": "out"},
+        "delivery": "exactly_once",
+    }
+    graph = Graph("same", inputs="body", kafka=kafka)
+    graph.to(lambda value: value).respond()
+    with development_broker() as where:
+        serving = Serving(FrontEndOptions())
+        await serving.catalog.load([graph.compile()])
+        front_end = KafkaFrontEnd(serving)
+        await front_end.start()
+        try:
+            async with AIOKafkaProducer(bootstrap_servers=where, transactional_id="p") as producer:
+                for number in range(3):  # the second one lies behind the markers of the first
+                    async with producer.transaction():
+                        await producer.send("in", str(number).encode(), headers=[("content-type", b"application/json")])
+            found = []
+            async with AIOKafkaConsumer(
+                "out", bootstrap_servers=where, auto_offset_reset="earliest", isolation_level="read_committed", check_crcs=False
+            ) as consumer:
+                found = [(await asyncio.wait_for(consumer.getone(), 20)).value for _ in range(3)]
+        finally:
+            await front_end.stop(5)
+            await serving.catalog.stop()
+            await serving.close()
+
+    assert [b"0", b"1", b"2"] == sorted(found)

@@ -13,7 +13,7 @@ from typing import Any, Final
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.errors import UnknownTopicOrPartitionError
 
-from servinggraph.kafka import KafkaOptions
+from servinggraph.kafka import KafkaOptions, development
 
 __all__ = ["Clients", "client_of", "closed", "has_topic"]
 
@@ -81,6 +81,7 @@ class Clients:
             "max_partition_fetch_bytes": min(_FETCH_BYTES, self._options.max_waiting_bytes),
             "fetch_max_bytes": max(self._options.max_waiting_bytes // 4, min(_FETCH_BYTES, self._options.max_waiting_bytes)),
             "fetch_max_wait_ms": 250,
+            "check_crcs": not development.address(),  # its transactions' markers have none
             **given.settings,
         }
         return AIOKafkaConsumer(**settings)
