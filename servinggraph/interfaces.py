@@ -28,6 +28,7 @@ __all__ = [
     "Handler",
     "Learned",
     "NodeSketch",
+    "Observer",
     "Operation",
     "Options",
     "Receipt",
@@ -411,6 +412,37 @@ class Selector(Router[OptionsT]):
 
     async def route(self, value: Any, context: Context, branches: Mapping[str, Handler]) -> Any:
         return await branches[self.choose(value, context)](value, context)
+
+
+class Observer(Router[OptionsT]):
+    """A kind of router of which one branch answers each request, and that sees how it ended; it costs plain calls, too."""
+
+    @abstractmethod
+    def begin(self, value: Any, context: Context) -> tuple[str, Context, Any]:
+        """Return the name of the branch that answers a request, the context it gets, and what `end` is to be given.
+
+        Raises:
+            ServingGraphError: none does; then `end` is not called.
+        """
+
+    @abstractmethod
+    def end(self, begun: Any, error: BaseException | None) -> None:
+        """See how a request ended.
+
+        Args:
+            begun: what `begin` gave last.
+            error: what the branch raised; None when it answered.
+        """
+
+    async def route(self, value: Any, context: Context, branches: Mapping[str, Handler]) -> Any:
+        branch, context, begun = self.begin(value, context)
+        try:
+            answer = await branches[branch](value, context)
+        except BaseException as error:
+            self.end(begun, error)
+            raise
+        self.end(begun, None)
+        return answer
 
 
 @dataclass(frozen=True, slots=True)

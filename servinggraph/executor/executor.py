@@ -19,13 +19,14 @@ from servinggraph.executor.stretches import named, run_plan
 from servinggraph.executor.wiring import (
     at_once,
     counting,
+    observer_operation,
     router_operation,
     selector_operation,
     step_operation,
     unshared,
     wrapped,
 )
-from servinggraph.interfaces import BatchPolicy, CachePolicy, Handler, Operation, Router, Selector, Step
+from servinggraph.interfaces import BatchPolicy, CachePolicy, Handler, Observer, Operation, Router, Selector, Step
 from servinggraph.plan import Plan, PlanNode
 from servinggraph.statistics import GraphStatistics, NodeStatistics
 
@@ -227,6 +228,8 @@ class Executor:
             branches = {short: self._branch(branch, policies) for short, branch in node.branches.items()}
             if isinstance(node.work, Selector) and type(node.work).route is Selector.route:
                 operation = selector_operation(node.work, branches, self._loop)
+            elif isinstance(node.work, Observer) and type(node.work).route is Observer.route:
+                operation = observer_operation(node.work, branches, self._loop)
             else:
                 operation = router_operation(node.work, {short: self._handler(branch) for short, branch in branches.items()})
             policy = BatchPolicy() if node.batch is True else node.batch or None

@@ -18,7 +18,7 @@ from servinggraph.concurrency import run_until
 from servinggraph.context import Context, Meter
 from servinggraph.errors import DeadlineExceeded, ServingGraphError, StepFailed
 from servinggraph.executor.guarding import guarded
-from servinggraph.interfaces import BatchPolicy, Handler, Operation, Router, RowErrors, Selector, Step
+from servinggraph.interfaces import BatchPolicy, Handler, Observer, Operation, Router, RowErrors, Selector, Step
 from servinggraph.metrics.steps import metered
 from servinggraph.plan import PlanNode
 from servinggraph.statistics import NodeStatistics
@@ -31,6 +31,7 @@ __all__ = [
     "counting",
     "limited",
     "mapping_of",
+    "observer_operation",
     "output_check",
     "read_only",
     "router_operation",
@@ -114,6 +115,27 @@ def selector_operation(router: Selector[Any], branches: Mapping[str, Operation],
         return Operation(lambda value, context: calls[choose(value, context)](value, context), suspends=False)
     handlers = {name: branch.call if branch.suspends else at_once(branch, loop) for name, branch in branches.items()}
     return Operation(lambda value, context: handlers[choose(value, context)](value, context), suspends=True)
+
+
+def observer_operation(router: Observer[Any], branches: Mapping[str, Operation], loop: asyncio.AbstractEventLoop) -> Operation:
+    """Return the operation of a router that chooses and sees how it ended; a plain one where no branch suspends."""
+    begin, end = router.begin, router.end
+    if any(branch.suspends for branch in branches.values()):
+        handlers = {name: branch.call if branch.suspends else at_once(branch, loop) for name, branch in branches.items()}
+        return Operation(lambda value, context: router.route(value, context, handlers), suspends=True)
+    calls = {name: branch.call for name, branch in branches.items()}
+
+    def call(value: Any, context: Context) -> Any:
+        branch, context, begun = begin(value, context)
+        try:
+            answer = calls[branch](value, context)
+        except BaseException as error:
+            end(begun, error)
+            raise
+        end(begun, None)
+        return answer
+
+    return Operation(call, suspends=False)
 
 
 def at_once(operation: Operation, loop: asyncio.AbstractEventLoop) -> Handler:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from time import perf_counter
+import logging
+from collections.abc import Callable, Mapping
+from time import monotonic, perf_counter
 from typing import Any, Final
 
 from pydantic import Field
 
 from servinggraph.context import Context
 from servinggraph.errors import GraphInvalid, InvalidRequest, Problem, nearest
-from servinggraph.interfaces import Feedback, Handler, Receipt, Router, RouterHost, RouterOptions
+from servinggraph.interfaces import Feedback, Observer, Receipt, RouterHost, RouterOptions
 from servinggraph.routers.rollout.guardrails import GuardrailOptions, MetricGuardrail
 from servinggraph.routers.rollout.outcomes import Metering, Outcomes
 from servinggraph.routers.rollout.schedule import Duration, RolloutStep, Share, Stage, stages
@@ -23,8 +24,20 @@ from servinggraph.tensors import Signature
 
 __all__ = ["Canary", "CanaryOptions"]
 
+logger = logging.getLogger("servinggraph.canary")
+
 _LOOK_EVERY_S: Final = 1.0
 """How often the schedule is looked at; guardrails are looked at after some requests, too."""
+
+
+_KEEP_EVERY_S: Final = 10.0
+"""How often the time that was held, and the evidence, are saved where nothing else changes: what a crash may lose."""
+
+_SAME_CLOCK_S: Final = 5.0
+"""Clocks that are this near to each other are one."""
+
+_Begun = tuple[Outcomes, Context, float]
+"""Where a request's outcome goes, its context, and when it began by the stopwatch."""
 
 
 class CanaryOptions(RouterOptions):
@@ -64,7 +77,7 @@ class CanaryOptions(RouterOptions):
     )
 
 
-class Canary(Router[CanaryOptions]):
+class Canary(Observer[CanaryOptions]):
     """Sends a share of the requests to the challenger, which rises step by step, or falls to nothing.
 
     Settings: `stage` (a step by its share, or `rolled_back`), `paused`, `weights` (which pauses as
@@ -106,46 +119,40 @@ class Canary(Router[CanaryOptions]):
         self._noted: Decisions[Outcomes] | None = Decisions() if self._metrics else None
         self._decisions = {options.baseline: 0, options.challenger: 0}
         self._parameter = f"{self.name}.variant"
+        self._begin_on(monotonic)
         return signature
 
     async def start(self, host: RouterHost) -> None:
         await super().start(host)
-        self._now = host.now
-        self._trial = Trial(self._plan, host.now())
-        self._follow()
+        self._begin_on(host.now)
         shortest = min([_LOOK_EVERY_S, *(stage.hold_s / 4 for stage in self._plan.stages)])
         self._look_every_s = max(shortest, 0.005)
-        self._loop = asyncio.get_running_loop()
-        self._timer = self._loop.call_later(self._look_every_s, self._look)
+        self._look_again()
 
     async def stop(self) -> None:
-        if self.host is not None:
+        if self._timer is not None:
             self._timer.cancel()
 
-    async def route(self, value: Any, context: Context, branches: Mapping[str, Handler]) -> Any:
+    def begin(self, value: Any, context: Context) -> tuple[str, Context, _Begun]:
         key = None if self._key is None else self._key(value, context)
         branch = self._weights.at_random() if key is None else self._weights.by_key(key)
         self._decisions[branch] += 1
         context.response_parameters[self._parameter] = branch
-        outcomes, now = self._outcomes[branch], self._now
-        began, ticked = perf_counter(), now()
+        outcomes = self._outcomes[branch]
         if self._noted is not None:
-            self._noted.note(context.id, outcomes, ticked)
+            self._noted.note(context.id, outcomes, self._now())
             context = context.metered(Metering(outcomes, context.meter, self._evaluate))
-        try:
-            answer = await branches[branch](value, context)
-        except BaseException as error:
-            moment = now()
-            outcomes.failed(error, max(perf_counter() - began, moment - ticked), context.deadline, moment)
-            if len(outcomes.durations) >= outcomes.most:
-                self._evaluate(outcomes)
-            raise
-        # The loop's clock stands still while a step runs inline, and may tick in milliseconds; a test's clock moves alone.
-        took, other = perf_counter() - began, now() - ticked
-        outcomes.durations.append(max(took, other))
+        return branch, context, (outcomes, context, self._stopwatch())
+
+    def end(self, begun: _Begun, error: BaseException | None) -> None:
+        outcomes, context, began = begun
+        took = self._stopwatch() - began
+        if error is None:
+            outcomes.durations.append(took)
+        else:
+            outcomes.failed(error, took, context.deadline, self._now())
         if len(outcomes.durations) >= outcomes.most:
             self._evaluate(outcomes)
-        return answer
 
     def describe(self) -> str:
         options = self.options
@@ -261,12 +268,28 @@ class Canary(Router[CanaryOptions]):
         self._weights = Weights({plan.baseline: 1 - share, plan.challenger: share}, self.name if salt is None else salt)
         self._outcomes = {plan.baseline: phase.baseline, plan.challenger: phase.challenger}
 
+    def _begin_on(self, now: Callable[[], float]) -> None:
+        """Begin the rollout on a clock: before `start` the machine's, so that a router without a host routes, too."""
+        self._now = now
+        # The loop's clock may tick in milliseconds, and stands still while a step runs inline: it does not measure
+        # durations, unless it is a test's own.
+        self._stopwatch = perf_counter if abs(now() - monotonic()) < _SAME_CLOCK_S else now
+        self._kept = now()
+        self._timer: asyncio.TimerHandle | None = None
+        self._trial = Trial(self._plan, now())
+        self._follow()
+
+    def _look_again(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._look_every_s, self._look)
+
     def _look(self) -> None:
         """Look at the schedule, and again after a while."""
-        self._timer = self._loop.call_later(self._look_every_s, self._look)
+        self._look_again()
         self._advance()
-        assert self.host is not None
-        self.host.keep()
+        now = self._now()
+        if self.host is not None and now - self._kept >= _KEEP_EVERY_S:
+            self.host.keep()
+            self._kept = now
 
     def _evaluate(self, outcomes: Outcomes) -> None:
         """Evaluate what came in, since there is enough of it."""
@@ -275,15 +298,18 @@ class Canary(Router[CanaryOptions]):
     def _advance(self) -> None:
         self._moved(self._trial.advance)
 
-    def _moved(self, decide: Any) -> None:
+    def _moved(self, decide: Callable[[float], Move | None]) -> None:
         before = self.settings()
-        move: Move | None = decide(self._now())
+        move = decide(self._now())
         if move is None:
             return
         self._follow()
-        assert self.host is not None
+        if self.host is None:
+            return
         after = self.settings()
         changed = [name for name in after if after[name] != before[name]]
+        if move.after == ROLLED_BACK:
+            logger.warning("router '%s' rolled back '%s': %s", self.name, self._plan.challenger, move.why)
         self.host.changed("canary", move.why, {n: before[n] for n in changed}, {n: after[n] for n in changed})
 
 

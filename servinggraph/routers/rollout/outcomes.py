@@ -130,7 +130,7 @@ class Metering:
     def observe(self, name: str, value: float) -> None:
         values = self._outcomes.values.get(name)
         if values is not None:
-            values.append(value)
+            values.append(float(value))
             if len(values) >= self._outcomes.most:
                 self._evaluate(self._outcomes)
         if self._outer is not None:
