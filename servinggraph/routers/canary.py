@@ -141,7 +141,7 @@ class Canary(Observer[CanaryOptions]):
         outcomes = self._outcomes[branch]
         if self._noted is not None:
             self._noted.note(context.id, outcomes, self._now())
-            context = context.metered(Metering(outcomes, context.meter, self._evaluate))
+            context = context.metered(Metering(outcomes, context.meter))
         return branch, context, (outcomes, context, self._stopwatch())
 
     def end(self, begun: _Begun, error: BaseException | None) -> None:

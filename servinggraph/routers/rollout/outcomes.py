@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Final
 
 from servinggraph.context import Meter
@@ -39,25 +39,33 @@ class Outcomes:
         failures: how many of them failed.
         gone: how long requests had taken whose callers left, seconds.
         most: durations, or values of a metric, with which it is time to evaluate them.
-        values: what was observed, by metric.
+        values: what was observed, by metric; steps add to it from any thread.
+        observed: what of it is being evaluated.
     """
 
-    __slots__ = ("challenger", "durations", "failures", "gone", "most", "phase", "values")
+    __slots__ = ("challenger", "durations", "failures", "gone", "most", "observed", "phase", "values")
 
     def __init__(self, phase: Phase, challenger: bool, metrics: Iterable[str]) -> None:
         self.phase = phase
         self.challenger = challenger
         self.most = 1
         self.values: dict[str, list[float]] = {metric: [] for metric in metrics}
+        self.observed: dict[str, list[float]] = {}
         self.clear()
+
+    def settle(self) -> None:
+        """Set apart what was observed until now: it is evaluated, and what is observed meanwhile is not lost."""
+        for metric, values in self.values.items():
+            count = len(values)
+            self.observed[metric] = values[:count]
+            del values[:count]
 
     def clear(self) -> None:
         """Forget what has been evaluated."""
         self.durations: list[float] = []
         self.gone: list[float] = []
         self.failures = 0
-        for values in self.values.values():
-            values.clear()
+        self.observed = {}
 
     def failed(self, error: BaseException, seconds: float, deadline: float | None, now: float) -> None:
         """Note a request that was not answered.
@@ -80,11 +88,6 @@ class Outcomes:
             return
         self.failures += 1
         self.durations.append(seconds)
-
-    @property
-    def pending(self) -> int:
-        """How much waits to be evaluated."""
-        return len(self.durations) + len(self.gone) + sum(map(len, self.values.values()))
 
 
 class Phase:
@@ -113,15 +116,13 @@ class Metering:
     Args:
         outcomes: where they are noted.
         outer: the meter that everything is handed on to.
-        evaluate: called when there are enough of them.
     """
 
-    __slots__ = ("_evaluate", "_outcomes", "_outer")
+    __slots__ = ("_outcomes", "_outer")
 
-    def __init__(self, outcomes: Outcomes, outer: Meter | None, evaluate: Callable[[Outcomes], None]) -> None:
+    def __init__(self, outcomes: Outcomes, outer: Meter | None) -> None:
         self._outcomes = outcomes
         self._outer = outer
-        self._evaluate = evaluate
 
     def count(self, name: str, amount: float) -> None:
         if self._outer is not None:
@@ -131,7 +132,5 @@ class Metering:
         values = self._outcomes.values.get(name)
         if values is not None:
             values.append(float(value))
-            if len(values) >= self._outcomes.most:
-                self._evaluate(self._outcomes)
         if self._outer is not None:
             self._outer.observe(name, value)

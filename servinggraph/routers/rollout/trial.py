@@ -130,6 +130,7 @@ class Trial:
         """Evaluate what came in for a phase that may be over, and decide."""
         phase = outcomes.phase
         if phase.closed:
+            outcomes.settle()
             outcomes.clear()
             return None
         if phase is not self.phase:
@@ -257,6 +258,8 @@ class Trial:
         return Move(before, self.name, why)
 
     def _evaluate(self, phase: Phase, now: float) -> None:
+        for outcomes in (phase.challenger, phase.baseline):
+            outcomes.settle()
         if self.stage:
             for watch in self.watches:
                 watch.take(phase, now)

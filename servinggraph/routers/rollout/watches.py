@@ -142,7 +142,7 @@ class MetricWatch(Watch):
             super().__init__(name, limits, None, self._badness(options.limit), now)
 
     def _seen(self, outcomes: Outcomes) -> tuple[Tally, Floats]:
-        values = np.asarray(outcomes.values.get(self._options.metric, ()), np.float64)
+        values = np.asarray(outcomes.observed.get(self._options.metric, ()), np.float64)
         usable = values[~np.isnan(values)]
         self.unusable += len(values) - len(usable)
         low, high = self._options.range
