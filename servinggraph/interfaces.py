@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
@@ -17,8 +16,9 @@ from pydantic import Field
 
 from servinggraph.context import Context
 from servinggraph.errors import InvalidRequest
+from servinggraph.feedback import Feedback, Learned, Receipt
 from servinggraph.settings import BatchPolicy, CachePolicy, FrontEndOptions, Options, SequencePolicy
-from servinggraph.tensors import Array, Signature, TensorSpec
+from servinggraph.tensors import Signature, TensorSpec
 
 __all__ = [
     "BatchPolicy",
@@ -370,32 +370,6 @@ class Router(ABC, Generic[OptionsT]):
         return Receipt.UNUSED
 
 
-@dataclass(frozen=True, slots=True)
-class Learned:
-    """What was learned, as numbers that add up over the workers that share a state.
-
-    Attributes:
-        era: counts how often everything was forgotten: what was learned in an earlier era is void.
-        sums: name to FP64 numbers in one axis, added up one by one; a shorter array counts as filled up with 0.
-    """
-
-    era: int
-    sums: Mapping[str, Array]
-
-
-class Receipt(Enum):
-    """What a router did with feedback."""
-
-    TAKEN = "taken"
-    """It learned from it."""
-    DUPLICATE = "duplicate"
-    """It has had feedback for this request already; nothing has changed."""
-    UNKNOWN = "unknown"
-    """It does not remember this request: it never answered it, or too long ago."""
-    UNUSED = "unused"
-    """It has no use for such feedback."""
-
-
 class Selector(Router[OptionsT]):
     """A kind of router of which one branch answers each request, and whose own work ends when it has chosen it.
 
@@ -443,24 +417,3 @@ class Observer(Router[OptionsT]):
             raise
         self.end(begun, None)
         return answer
-
-
-@dataclass(frozen=True, slots=True)
-class Feedback:
-    """What became of an earlier answer.
-
-    Attributes:
-        id: id of the request; empty when only the variant is known.
-        variant: branch that answered; empty when only the id is known.
-        reward: how good the answer was; None where a truth is given instead.
-        truth: what the answer should have been, tensors or plain values; None where a reward is given.
-        metric: name of what is measured, where a graph has several.
-        node: the router that it is for; empty for every one that can use it.
-    """
-
-    id: str = ""
-    variant: str = ""
-    reward: float | None = None
-    truth: Any = None
-    metric: str = "reward"
-    node: str = ""
