@@ -11,6 +11,8 @@ from random import random
 from time import perf_counter_ns
 from typing import Any, Final
 
+import numpy as np
+import orjson
 from pydantic import Field
 from xxhash import xxh3_64_intdigest
 
@@ -18,15 +20,17 @@ from servinggraph.concurrency import WorkerThreads
 from servinggraph.context import Context
 from servinggraph.errors import GraphInvalid, InvalidRequest, Problem, nearest
 from servinggraph.executor.wiring import read_only
-from servinggraph.interfaces import Handler, Router, RouterHost, RouterOptions
+from servinggraph.interfaces import Handler, Learned, Router, RouterHost, RouterOptions
+from servinggraph.routers.bandits.arms import added
 from servinggraph.routers.selection import KeyReader, key_reader
 from servinggraph.routers.shadow import Comparison, ComparisonOptions, Copy, Lane, Record, ShadowOptions
 from servinggraph.routers.shadow.holding import kept
 from servinggraph.routers.signatures import common_signature
-from servinggraph.tensors import Signature
+from servinggraph.tensors import Array, Signature
 
 __all__ = ["Champion", "ChampionOptions"]
 
+_NOTHING: Final = np.zeros(0)
 _SCALE: Final = 2.0**-53
 
 
@@ -114,6 +118,8 @@ class Champion(Router[ChampionOptions]):
         self._roles = self._made_roles(options.champion, rates)
         self._lanes: dict[str, Lane] = {}
         self._records: dict[tuple[str, str], Record] = {}
+        self._resets = 0
+        self._handed_out: dict[str, Array] = {}
         self._decisions = dict.fromkeys(self._names, 0)
         self._failures = dict.fromkeys(self._names, 0)
         self._threads: WorkerThreads | None = None
@@ -178,12 +184,12 @@ class Champion(Router[ChampionOptions]):
         return f"champion ({self._roles.champion}; shadows: {rates})"
 
     def settings(self) -> dict[str, Any]:
-        return {"champion": self._roles.champion, "rate": dict(self._roles.rates)}
+        return {"champion": self._roles.champion, "rate": dict(self._roles.rates), "resets": self._resets}
 
     def adjust(self, changes: Mapping[str, Any]) -> None:
         for name in changes:
-            if name not in ("champion", "rate", "records", "revision"):
-                raise InvalidRequest(f"'{name}' cannot be changed; 'champion' and 'rate' can")
+            if name not in ("champion", "rate", "resets"):
+                raise InvalidRequest(f"'{name}' cannot be changed; 'champion', 'rate' and 'resets' can")
         before = self._roles
         champion = changes.get("champion", before.champion)
         if champion not in self._names:
@@ -195,7 +201,13 @@ class Champion(Router[ChampionOptions]):
         given = self._rates_of(changes.get("rate", {}), champion)
         if reason := self._rates_problem(given, champion):
             raise InvalidRequest(reason)
+        resets = changes.get("resets", self._resets)
+        if type(resets) is not int or resets < self._resets:
+            text = f"'resets' counts how often everything was forgotten, {self._resets} times: one more forgets it now"
+            raise InvalidRequest(f"{text}, got {resets!r}")
         self._roles = self._made_roles(champion, {**rates, **given})
+        if resets != self._resets:
+            self._forget(resets)
 
     def report(self) -> dict[str, Any]:
         champion = self._roles.champion
@@ -213,20 +225,67 @@ class Champion(Router[ChampionOptions]):
         }
 
     def remember(self) -> dict[str, Any]:
-        records = [[*pair, record.remember()] for pair, record in self._records.items()]
-        return {**self.settings(), "records": records}
+        learned = {}
+        for name, numbers in self._sums().items():
+            places = np.flatnonzero(numbers)
+            learned[name] = [places.tolist(), numbers[places].tolist()]
+        return {**self.settings(), "learned": learned}
 
     def recall(self, remembered: Mapping[str, Any]) -> None:
-        records: dict[tuple[str, str], Record] = {}
+        settings = self.settings()
+        self._resets = int(remembered.get("resets", 0))
+        self.adjust({name: remembered[name] for name in settings if name in remembered})
+        sums: dict[str, Array] = {}
         try:
-            for champion, challenger, document in remembered.get("records", ()):
-                if champion in self._names and challenger in self._names:
-                    record = records[champion, challenger] = Record(self.options.examples)
-                    record.recall(document)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InvalidRequest(f"its records are not what a champion router saves: {error!r}") from error
-        self.adjust(remembered)
-        self._records = records
+            for name, (places, numbers) in remembered.get("learned", {}).items():
+                sums[name] = np.zeros(max(places, default=0) + 1)
+                sums[name][places] = numbers
+            self._take(sums)
+        except (TypeError, ValueError, IndexError, AttributeError) as error:
+            raise InvalidRequest(f"what was learned is not what a champion router saves: {error!r}") from error
+        self._handed_out = self._sums()  # it was, before the restart
+
+    def hand_out(self) -> Learned:
+        now = self._sums()
+        since = {name: added(numbers, self._handed_out.get(name, _NOTHING), -1.0) for name, numbers in now.items()}
+        self._handed_out = now
+        return Learned(self._resets, {name: numbers for name, numbers in since.items() if numbers.any()})
+
+    def take_in(self, everyone: Learned) -> None:
+        if everyone.era < self._resets:
+            return  # of before it was forgotten
+        if everyone.era > self._resets:
+            self._forget(everyone.era)
+        everything = dict(everyone.sums)
+        for name, numbers in self._sums().items():
+            since = added(numbers, self._handed_out.get(name, _NOTHING), -1.0)
+            everything[name] = added(everything.get(name, _NOTHING), since)
+        self._handed_out = dict(everyone.sums)
+        self._take(everything)
+
+    def _sums(self) -> dict[str, Array]:
+        """Return all counts; a name is a JSON list of champion, challenger, and what is counted."""
+        return {
+            orjson.dumps([*pair, *place]).decode(): numbers
+            for pair, record in self._records.items()
+            for place, numbers in record.sums().items()
+        }
+
+    def _take(self, sums: Mapping[str, Array]) -> None:
+        """Make the records those of all counts; of branches that there are not here any more, or not yet, nothing is kept."""
+        by_pair: dict[tuple[str, str], dict[tuple[str, ...], Array]] = {pair: {} for pair in self._records}
+        for name, numbers in sums.items():
+            champion, challenger, *place = map(str, orjson.loads(name))
+            if champion in self._names and challenger in self._names:
+                by_pair.setdefault((champion, challenger), {})[tuple(place)] = numbers
+        for pair, counts in by_pair.items():
+            self._record(*pair).take(counts)
+
+    def _forget(self, resets: int) -> None:
+        # What is under way is counted in the records of before, which nobody looks at any more.
+        self._resets = resets
+        self._records = {}
+        self._handed_out = {}
 
     def _made_roles(self, champion: str, rates: Mapping[str, float]) -> _Roles:
         """Return roles with each other branch's rate, in the order of the branches."""

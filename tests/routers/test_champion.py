@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from math import sqrt
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -508,9 +509,9 @@ def test_promotion_swaps_the_two_between_two_requests_and_stands_in_the_audit_lo
 
     async def check():
         async with a_graph(negative, rate=0.5).mock() as server:
-            assert {"champion": "old", "rate": {"new": 0.5}} == server.router("test").settings()
+            assert {"champion": "old", "rate": {"new": 0.5}, "resets": 0} == server.router("test").settings()
             settings = await server.adjust("test", {"champion": "new"}, "ann", "it is better")
-            assert {"champion": "new", "rate": {"old": 0.5}} == settings
+            assert {"champion": "new", "rate": {"old": 0.5}, "resets": 0} == settings
             reply = await server.infer(x=X)
             assert ([-1.0, -2.0], "new") == (reply.outputs["y"].tolist(), reply.parameters["test.variant"])
             (change,) = server.serving.control.audit.last("g", "test")
@@ -575,16 +576,74 @@ def test_settings_and_counts_survive_a_restart(run, manual_clock, tmp_path):
             await server.adjust("test", {"rate": 0.5})
             before = report(server)
         async with graph.mock() as server:
-            assert {"champion": "old", "rate": {"new": 0.5}} == server.router("test").settings()
+            assert {"champion": "old", "rate": {"new": 0.5}, "resets": 0} == server.router("test").settings()
             after = report(server)
-            for name in ("sampled", "agreement", "differences", "disagreements", "latency_ms", "rows"):
+            for name in ("sampled", "agreement", "disagreements", "rows", "dropped", "errors"):
                 assert before[name] == after[name]
+            for name, kept in (("champion", "p50"), ("challenger", "p99")):
+                assert pytest.approx(before["latency_ms"][name][kept], rel=0.02) == after["latency_ms"][name][kept]
+            assert before["differences"]["y"]["count"] == after["differences"]["y"]["count"]
             assert [] == after["examples"]  # contents of requests are not written to a file
             await server.adjust("test", {"champion": "new"})
         async with graph.mock() as server:
-            assert {"champion": "new", "rate": {"old": 0.5}} == server.router("test").settings()
+            assert {"champion": "new", "rate": {"old": 0.5}, "resets": 0} == server.router("test").settings()
 
     run(check())
+
+
+def test_one_more_reset_forgets_all_counts(run, manual_clock):
+    async def check():
+        async with a_graph().mock() as server:
+            await server.infer(x=X)
+            await counted(server, manual_clock, 1)
+            await server.adjust("test", {"resets": 1}, why="another model in its place")
+            assert 0 == report(server)["sampled"]
+            with pytest.raises(InvalidRequest, match="forgotten, 1 times"):
+                await server.adjust("test", {"resets": 0})
+            await server.infer(x=X)
+            await counted(server, manual_clock, 1)
+
+    run(check())
+
+
+def test_workers_that_share_a_state_have_one_champion_and_count_together(run, manual_clock, redis_url):
+    async def exchanged():
+        for _ in range(2):
+            await manual_clock.advance(1)
+            for _ in range(200):
+                await manual_clock.settle()
+                if not any("_round" in task.get_coro().__qualname__ for task in asyncio.all_tasks()):
+                    break
+                await asyncio.to_thread(lambda: None)
+
+    def flips(value):
+        return {"y": -value["x"]}
+
+    async def check():
+        graph = a_graph(flips, name=f"g{uuid4().hex[:8]}", state=redis_url)
+        async with graph.mock() as one, graph.mock() as other:
+            for server, number in ((one, 3), (other, 5)):
+                for _ in range(number):
+                    await server.infer(x=X)
+                await counted(server, manual_clock, number)
+            await exchanged()
+            assert 8 == report(one)["agreement"]["of"] == report(other)["agreement"]["of"]
+            assert report(one)["differences"]["y"]["count"] == 8 == report(other)["latency_ms"]["champion"]["count"]
+            await one.adjust("test", {"champion": "new", "rate": 0.5})
+            await exchanged()
+            assert {"champion": "new", "rate": {"old": 0.5}, "resets": 0} == other.router("test").settings()
+            assert "new" == (await other.infer(x=X)).parameters["test.variant"]
+        async with graph.mock() as later:
+            assert "new" == later.router("test").settings()["champion"]
+            await later.adjust("test", {"champion": "old"})
+            assert 8 == report(later)["agreement"]["of"]
+
+    run(check())
+
+
+def test_saved_counts_that_are_none_are_refused():
+    with a_graph().mock() as server, pytest.raises(InvalidRequest, match="is not what a champion router saves"):
+        server.router("test").recall({"learned": {"no list": 1}})
 
 
 @pytest.mark.parametrize(
@@ -602,7 +661,7 @@ def test_settings_that_cannot_be_are_refused_and_change_nothing(changes, text):
     with a_graph().mock() as server:
         with pytest.raises(InvalidRequest, match=text):
             server.adjust("test", changes)
-        assert {"champion": "old", "rate": {"new": 1.0}} == server.router("test").settings()
+        assert {"champion": "old", "rate": {"new": 1.0}, "resets": 0} == server.router("test").settings()
 
 
 @pytest.mark.parametrize(

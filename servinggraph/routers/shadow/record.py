@@ -8,9 +8,12 @@ from math import sqrt
 from statistics import NormalDist
 from typing import Any, Final
 
+import numpy as np
+
 from servinggraph.routers.shadow.comparison import Verdict
 from servinggraph.routers.shadow.examples import Reservoir, summary
 from servinggraph.routers.shadow.sketch import Sketch
+from servinggraph.tensors import Array
 
 __all__ = ["CONFIDENCE", "Record", "share_of", "wilson"]
 
@@ -140,31 +143,42 @@ class Record:
             "examples": self._examples.all(),
         }
 
-    def remember(self) -> dict[str, Any]:
-        """Return what has to survive a restart: all but the examples, which hold the contents of requests."""
-        return {
-            **{name: getattr(self, name) for name in _NUMBERS},
-            **{name: dict(getattr(self, name)) for name in _COUNTS},
-            "differences": {name: sketch.remember() for name, sketch in self.differences.items()},
-            "champion_ms": self.champion_ms.remember(),
-            "challenger_ms": self.challenger_ms.remember(),
-        }
+    def sums(self) -> dict[tuple[str, ...], Array]:
+        """Return all counts, as numbers that add up with those of other workers.
 
-    def recall(self, remembered: Mapping[str, Any]) -> None:
-        """Take up what `remember` gave.
+        Not the examples and texts of errors: they hold contents of requests, and are not to leave the process.
+        """
+        found: dict[tuple[str, ...], Array] = {("numbers",): np.array([float(getattr(self, name)) for name in _NUMBERS])}
+        for kind in _COUNTS:
+            found |= {(kind, name): np.array([float(count)]) for name, count in getattr(self, kind).items()}
+        return found | {place: sketch.sums() for place, sketch in self._sketches()}
+
+    def take(self, sums: Mapping[tuple[str, ...], Array]) -> None:
+        """Become the record of these sums.
 
         Raises:
-            KeyError, TypeError, ValueError: it is something else.
+            ValueError: they are none.
         """
-        for name in _NUMBERS:
-            setattr(self, name, int(remembered[name]))
-        for name in _COUNTS:
-            setattr(self, name, {str(key): int(number) for key, number in remembered[name].items()})
-        self.differences = {str(name): Sketch.recalled(kept) for name, kept in remembered["differences"].items()}
-        self.champion_ms = Sketch.recalled(remembered["champion_ms"])
-        self.challenger_ms = Sketch.recalled(remembered["challenger_ms"])
+        numbers = np.zeros(len(_NUMBERS))
+        given = sums.get(("numbers",), numbers)
+        numbers[: len(given)] = given
+        for name, number in zip(_NUMBERS, numbers.tolist(), strict=True):
+            setattr(self, name, int(number))
+        self.dropped, self.errors, self.reasons = (
+            {place[1]: int(count[0]) for place, count in sums.items() if place[0] == kind and count.any()} for kind in _COUNTS
+        )
+        for place in sums:
+            if place[0] == "differences" and place[1] not in self.differences:
+                self.differences[place[1]] = Sketch()
+        for place, sketch in self._sketches():
+            sketch.take(sums.get(place, _NOTHING))
+
+    def _sketches(self) -> list[tuple[tuple[str, ...], Sketch]]:
+        differences = [(("differences", name), sketch) for name, sketch in self.differences.items()]
+        return [(("champion_ms",), self.champion_ms), (("challenger_ms",), self.challenger_ms), *differences]
 
 
+_NOTHING: Final = np.zeros(0)
 _NUMBERS: Final = ("sampled", "answered", "compared", "agreed", "not_compared", "rows", "agreeing_rows")
 _COUNTS: Final = ("dropped", "errors", "reasons")
 

@@ -1,101 +1,103 @@
 """A distribution in bounded memory: values counted in buckets that grow by a factor, for quantiles.
 
 Source: Masson, Rim and Lee, DDSketch (2019), with bounds on the values in place of collapsing buckets. The
-package `ddsketch` is not used: its state leaves it only as protobuf, and the state of a router is plain JSON.
+package `ddsketch` is not used: its state leaves it only as protobuf, and that of a router is numbers that add up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import ceil, isfinite, log
 from typing import Any, Final
+
+import numpy as np
+
+from servinggraph.tensors import Array
 
 __all__ = ["Sketch"]
 
 _GROWTH: Final = 1.04
 _LOG: Final = log(_GROWTH)
 _LEAST, _MOST = 1e-12, 1e15
-_LOWEST, _HIGHEST = ceil(log(_LEAST) / _LOG), ceil(log(_MOST) / _LOG)
+_FIRST: Final = ceil(log(_LEAST) / _LOG)
+_BUCKETS: Final = ceil(log(_MOST) / _LOG) - _FIRST + 1
+_INFINITE: Final = _BUCKETS + 1
 
 
 class Sketch:
     """Counts values from 0 on; a quantile is at most 2 % off.
 
-    At most 1,588 buckets: values below 1e-12 count as 0, those above 1e15 as 1e15, and infinity by itself.
+    Values below 1e-12 count as 0, those above 1e15 as 1e15, and what is infinite or no number by itself.
 
     Attributes:
-        count: values, infinite ones included.
-        infinite: those that were infinite or no number.
-        zero: those that were 0.
-        highest: the largest finite value, exactly.
+        highest: the largest finite value; 2 % off where it came with `take`.
     """
 
-    __slots__ = ("_buckets", "count", "highest", "infinite", "zero")
+    __slots__ = ("_counts", "highest")
 
     def __init__(self) -> None:
-        self.count = self.infinite = self.zero = 0
+        # Zero, the buckets, infinite: 12 kB.
+        self._counts = np.zeros(_BUCKETS + 2)
         self.highest = 0.0
-        self._buckets: dict[int, int] = {}
+
+    @property
+    def count(self) -> int:
+        """How many values there were."""
+        return int(self._counts.sum())
 
     def add(self, value: float) -> None:
         """Count a value, 0 or more."""
-        self.count += 1
-        if not isfinite(value):
-            self.infinite += 1
-            return
-        self.highest = max(self.highest, value)
-        if value < _LEAST:
-            self.zero += 1
-            return
-        bucket = min(ceil(log(value) / _LOG), _HIGHEST)
-        self._buckets[bucket] = self._buckets.get(bucket, 0) + 1
+        if isfinite(value):
+            self.highest = max(self.highest, value)
+        self._counts[_bucket(value)] += 1
 
     def quantile(self, share: float) -> float:
         """Return the value that a share of the values does not exceed; infinity where infinite ones are among that share."""
-        rank = share * (self.count - 1)
-        seen = self.zero
-        if rank < seen or not self.count:
-            return 0.0
-        for bucket in sorted(self._buckets):
-            seen += self._buckets[bucket]
-            if rank < seen:
-                # The middle of the bucket in the sense of ratios: both ends are equally far off.
-                return min(float(_GROWTH ** (bucket - 0.5)), self.highest)
-        return float("inf")
+        reached = np.cumsum(self._counts)
+        bucket = int(np.searchsorted(reached, share * max(0.0, reached[-1] - 1), side="right"))
+        if bucket >= _INFINITE:
+            return float("inf") if reached[-1] else 0.0
+        return min(_middle(bucket), self.highest)
 
     def report(self) -> dict[str, Any]:
         """Return count, quantiles and the largest value; None where there is no finite one."""
-        found: dict[str, Any] = {"count": self.count}
-        if self.infinite:
-            found["infinite"] = self.infinite
+        count, infinite = self.count, int(self._counts[_INFINITE])
+        found: dict[str, Any] = {"count": count}
+        if infinite:
+            found["infinite"] = infinite
         for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
             value = self.quantile(share)
-            found[name] = value if self.count and isfinite(value) else None
-        found["max"] = self.highest if self.count > self.infinite else None
+            found[name] = value if count and isfinite(value) else None
+        found["max"] = self.highest if count > infinite else None
         return found
 
-    def remember(self) -> dict[str, Any]:
-        """Return all of it as plain values."""
-        return {
-            "zero": self.zero,
-            "infinite": self.infinite,
-            "highest": self.highest,
-            "buckets": [list(item) for item in sorted(self._buckets.items())],
-        }
+    def sums(self) -> Array:
+        """Return all of it but the largest value, as numbers that add up with those of other sketches."""
+        return self._counts.copy()
 
-    @classmethod
-    def recalled(cls, remembered: Mapping[str, Any]) -> Sketch:
-        """Return the sketch that `remember` was called on.
+    def take(self, sums: Array) -> None:
+        """Become the sketch of these sums.
 
         Raises:
-            KeyError, TypeError, ValueError: it is none.
+            ValueError: they are none.
         """
-        sketch = cls()
-        sketch.zero, sketch.infinite = int(remembered["zero"]), int(remembered["infinite"])
-        sketch.highest = float(remembered["highest"])
-        buckets = {int(bucket): int(number) for bucket, number in remembered["buckets"]}
-        if any(not _LOWEST <= bucket <= _HIGHEST for bucket in buckets):
-            raise ValueError("a bucket is out of range")
-        sketch._buckets = buckets
-        sketch.count = sketch.zero + sketch.infinite + sum(buckets.values())
-        return sketch
+        if sums.ndim != 1 or len(sums) > len(self._counts) or not np.isfinite(sums).all() or (sums < 0).any():
+            raise ValueError("not the counts of a distribution")
+        self._counts[:] = 0
+        self._counts[: len(sums)] = sums
+        filled = np.flatnonzero(self._counts[:_INFINITE])
+        last = int(filled[-1]) if len(filled) else 0
+        if _bucket(self.highest) != last:
+            self.highest = _middle(last)
+
+
+def _bucket(value: float) -> int:
+    if not isfinite(value):
+        return _INFINITE
+    if value < _LEAST:
+        return 0
+    return min(ceil(log(value) / _LOG) - _FIRST, _BUCKETS - 1) + 1
+
+
+def _middle(bucket: int) -> float:
+    # In the sense of ratios: both ends are equally far off.
+    return float(_GROWTH ** (bucket - 1 + _FIRST - 0.5)) if bucket else 0.0
