@@ -122,6 +122,8 @@ def routed() -> Iterator[Figure]:
 ROUTERS: dict[str, tuple[NodeSketch, float | None]] = {
     "ab of two by chance": (routers.Ab(PLAIN, {"a": 9, "b": 1}), 2),
     "ab of two by key": (routers.Ab(PLAIN, {"a": 9, "b": 1}, key="parameter:user"), 2),
+    "bandit of two, ucb1": (routers.Bandit(PLAIN, "ucb1"), None),
+    "bandit of two, thompson": (routers.Bandit(PLAIN, "thompson"), None),
     "choice by a parameter": (routers.Choice(PLAIN, when={"a": "parameters['user'] == 'ann'"}, default="b"), None),
     "fallback whose first branch answers": (routers.Fallback(PLAIN), None),
     "chain of two steps": (routers.Chain(PLAIN), None),

@@ -190,6 +190,7 @@ KINDS: dict[str, tuple[int, int]] = {
     "chain": (1, 3),
     "ensemble": (2, 3),
     "ab": (2, 3),
+    "bandit": (2, 3),
     "choice": (2, 3),
     "fallback": (2, 3),
     "filter": (1, 1),
@@ -212,6 +213,15 @@ def _options(draw: st.DrawFn, flow: Flow) -> dict[str, Any]:
     if flow.kind == "ab":
         weights = {name: draw(st.sampled_from([0, 1, 3])) for name in names[:-1]} | {names[-1]: 1}
         return {"weights": weights, "key": draw(st.sampled_from([None, "id", "parameter:n", "tensor:x"]))}
+    if flow.kind == "bandit":
+        policy = draw(st.sampled_from(["epsilon_greedy", "ucb1", "thompson"]))
+        scorer, failure_reward = draw(st.sampled_from([None, "accuracy"])), draw(st.sampled_from([None, 0.0]))
+        return {
+            "policy": policy,
+            "key": draw(st.sampled_from([None, "id"])),
+            "scorer": scorer,
+            "failure_reward": failure_reward,
+        }
     if flow.kind == "choice":
         when = {name: draw(st.sampled_from(list(CONDITIONS))) for name in names[:-1]}
         if draw(st.booleans()):
@@ -395,6 +405,13 @@ def _of_ab(flow: Flow, who: int, rows: Rows) -> Outcomes:
     return found
 
 
+def _of_bandit(flow: Flow, who: int, rows: Rows) -> Outcomes:
+    found = NOTHING
+    for branch in flow.branches:
+        found |= outcomes(branch, who, rows)
+    return found
+
+
 def _of_choice(flow: Flow, who: int, rows: Rows) -> Outcomes:
     branches = dict(zip(flow.names, flow.branches, strict=True))
     for name, condition in flow.options["when"].items():
@@ -479,6 +496,7 @@ _outcomes_of: dict[str, Callable[[Flow, int, Rows], Outcomes]] = {
     "step": _of_step,
     "chain": _of_chain,
     "ab": _of_ab,
+    "bandit": _of_bandit,
     "choice": _of_choice,
     "filter": _of_filter,
     "fallback": _of_fallback,
