@@ -14,12 +14,12 @@ from servinggraph.errors import ErrorCode, GraphInvalid, InvalidRequest, Problem
 from servinggraph.importing import ImportProblem
 from servinggraph.interfaces import Feedback, Handler, Learned, Receipt, Router
 from servinggraph.routers.bandits import (
-    MAX_FEATURES,
     Answers,
     Arm,
     BanditOptions,
     Scorer,
     added,
+    features_of,
     policy_of,
     report_of,
     scorer,
@@ -72,7 +72,7 @@ class Bandit(Router[BanditOptions]):
         self._answers = Answers(options.window, keep=self._scorer is not None)
         self._stays: Decisions[str] = Decisions(options.window.size, options.window.age_s)
         self._parameter = f"{self.name}.variant"
-        self._size: int | None = None
+        self._size: int | None = None  # of features, from the first that were learned from
         self._handed_out: dict[str, Array] = {}
         self._clipped = 0
         self._resets = 0
@@ -89,8 +89,13 @@ class Bandit(Router[BanditOptions]):
         try:
             answer = await branches[arm.name](value, context)
         except (ServingGraphError, asyncio.CancelledError) as error:
-            if self.options.failure_reward is not None and self._at_fault(error, context):
-                self._observe(arm, self.options.failure_reward, features)
+            reward = self.options.failure_reward
+            if (
+                reward is not None
+                and self._at_fault(error, context)
+                and (features is None or self._size in (None, features.size))
+            ):
+                self._observe(arm, reward, features)
             raise
         if context.id:
             assert self.host is not None  # it serves
@@ -160,7 +165,7 @@ class Bandit(Router[BanditOptions]):
         self._resets = int(remembered.get("resets", 0))
         for name, sums in remembered.get("learned", {}).items():
             if name in self._arms:
-                self._take(self._arms[name], np.array(sums, np.float64))
+                self._take(self._arms[name], _numbers(name, sums))
         self._handed_out = {name: arm.sums() for name, arm in self._arms.items()}  # it was, before the restart
 
     def succeed(self, before: Self) -> None:
@@ -190,11 +195,10 @@ class Bandit(Router[BanditOptions]):
                 logger.warning(
                     "router '%s': of %d rewards of '%s' the store knows %d", self.name, handed_out[1], name, theirs[1]
                 )
-            since = added(now, handed_out, -1.0)
-            self._handed_out[name] = theirs
-            everything = added(theirs, since)
+            everything = added(theirs, added(now, handed_out, -1.0))
             if not np.array_equal(everything, now):
                 self._take(arm, everything)
+            self._handed_out[name] = theirs
 
     def _features(self, value: Any, name: str) -> Array:
         """Return a request's features with a constant 1 behind them.
@@ -204,27 +208,11 @@ class Bandit(Router[BanditOptions]):
         """
         given = value.get(name) if isinstance(value, Mapping) else None
         if given is None:
-            raise InvalidRequest(f"'{name}' is not there, by whose values router '{self.name}' decides")
+            raise InvalidRequest(f"'{name}' is not there, by which router '{self.name}' decides")
         try:
-            row = np.asarray(given, np.float64)
-        except (TypeError, ValueError):
-            raise InvalidRequest(f"'{name}' is no array of numbers, and router '{self.name}' decides by them") from None
-        if row.ndim > 1 and row.shape[0] != 1:
-            text = f"'{name}' has {row.shape[0]} rows, and router '{self.name}' decides for a whole request: send one row"
-            raise InvalidRequest(text)
-        size = row.size + 1
-        if size != self._size:
-            if self._size is not None:
-                raise InvalidRequest(f"'{name}' has {row.size} values, those before it had {self._size - 1}")
-            if not 1 <= row.size <= MAX_FEATURES:
-                raise InvalidRequest(f"'{name}' has {row.size} values; features are 1 to {MAX_FEATURES}")
-        features = np.empty(size)
-        features[:-1] = row.reshape(-1)
-        features[-1] = 1.0
-        if not np.isfinite(features).all():
-            raise InvalidRequest(f"'{name}' has a value that is not finite")
-        self._size = size
-        return features
+            return features_of(given, self._size)
+        except ValueError as error:
+            raise InvalidRequest(f"'{name}', by which router '{self.name}' decides, {error}") from None
 
     def _stay(self, value: Any, context: Context, features: Array | None) -> Arm:
         """Return the arm that a caller stays with, or stays with from now on."""
@@ -271,13 +259,26 @@ class Bandit(Router[BanditOptions]):
 
     def _observe(self, arm: Arm, reward: float, features: Array | None) -> None:
         assert self.host is not None  # it serves
+        if features is not None:
+            self._sized(features.size)
         arm.observe(reward, features)
         self.host.keep()
+
+    def _sized(self, size: int) -> None:
+        """Hold features against those that were learned from; the first of them say how many there are.
+
+        Raises:
+            InvalidRequest: there are more, or fewer.
+        """
+        if self._size is None:
+            self._size = size
+        elif self._size != size:
+            raise InvalidRequest(f"router '{self.name}' has learned from {self._size - 1} features, these are {size - 1}")
 
     def _checked(self, reward: float) -> float:
         low, high = self._policy.rewards
         if reward not in self._policy.rewards:
-            where = f"from {low:g} to {high:g} (its reward_range)" if self._policy.rewards.bounded else "a finite number"
+            where = f"from {low:g} to {high:g} (its reward_range)" if self._policy.rewards.bounded else "up to 1e100"
             raise InvalidRequest(f"router '{self.name}' takes rewards {where}, got {reward:g}")
         return reward
 
@@ -323,9 +324,8 @@ class Bandit(Router[BanditOptions]):
         if count and not low * count - slack <= total <= high * count + slack:
             raise InvalidRequest(f"the mean reward of '{arm.name}' was {total / count:g}, outside of reward_range")
         size = self._policy.size_of(sums)
-        if size is not None and self._size not in (None, size):
-            raise InvalidRequest(f"'{arm.name}' learned from {size - 1} features, and requests have {(self._size or 1) - 1}")
-        self._size = size or self._size
+        if size is not None:
+            self._sized(size)
         arm.take(sums)
 
     def _made_scorer(self, problems: list[Problem]) -> Scorer | None:
@@ -336,3 +336,14 @@ class Bandit(Router[BanditOptions]):
         except (ValueError, ImportProblem) as error:
             problems.append(Problem(str(error), node="scorer"))
             return None
+
+
+def _numbers(name: str, saved: Any) -> Array:
+    """Return saved sums as an array.
+
+    Raises:
+        InvalidRequest: they are none.
+    """
+    if not isinstance(saved, list) or len(saved) < len(_NOTHING) or not all(type(n) in (int, float) for n in saved):
+        raise InvalidRequest(f"what '{name}' learned is no list of numbers")
+    return np.array(saved, np.float64)

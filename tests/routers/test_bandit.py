@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 
 import numpy as np
@@ -417,6 +418,35 @@ def test_what_was_learned_survives_a_restart(tmp_path, policy):
     assert {"b": before["learned"]["b"][1], "c": 0} == counts
 
 
+@pytest.mark.parametrize("sums", [[1], [1, 2, 3, "4"], {"count": 1}])
+def test_saved_sums_that_are_none_are_refused(tmp_path, sums):
+    path = tmp_path / "state.json"
+    path.write_text(json.dumps({"g/1/score": {"learned": {"a": sums}}}))
+    with pytest.raises(StepFailed, match="does not fit the graph any more: what 'a' learned is no list of numbers"):
+        a_graph(state=str(path)).mock().__enter__()
+
+
+def test_the_answer_is_compared_as_it_was_given_whatever_becomes_of_it_later():
+    def spoil(value):
+        value["y"] += 1
+        return value
+
+    graph = Graph("g", {"x": ("FP32", [-1])})
+    graph.to(routers.Bandit({"a": lambda value: {"y": value["x"] * 2}}, "ucb1", scorer="accuracy"), "score").to(spoil).respond()
+    with graph.mock() as server:
+        assert [3.0] == server.infer(x=X, id="r").outputs["y"].tolist()
+        server.feedback("r", truth=[2.0])
+        assert 1.0 == server.router("score").report()["rewards"]["a"]["mean"]
+
+
+def test_rewards_that_would_break_the_sums_are_refused():
+    with a_graph(reward_range="real").mock() as server:
+        with pytest.raises(InvalidRequest, match="takes rewards up to 1e100, got 1e.300"):
+            server.feedback(variant="a", reward=1e300)
+        assert {"score": "taken"} == server.feedback(variant="a", reward=-1e100)
+        server.infer(x=X)
+
+
 def test_saved_rewards_of_another_range_are_refused(tmp_path):
     place = str(tmp_path / "state.json")
     with a_graph(state=place, reward_range=[0, 10]).mock() as server:
@@ -454,33 +484,36 @@ def test_linucb_learns_who_is_better_for_whom():
 @pytest.mark.parametrize(
     ("features", "text"),
     [
-        (np.zeros((2, 2), np.float32), "has 2 rows"),
+        (np.zeros((2, 2), np.float32), "'x', by which router 'score' decides, has 2 rows"),
         (np.full((1, 2), np.nan, np.float32), "not finite"),
+        (np.full((1, 2), 1e7, np.float32), "beyond 1e.06: scale it"),
+        (np.zeros((1, 0), np.float32), "features are 1 to 128"),
+        (np.zeros((1, 129), np.float32), "features are 1 to 128"),
     ],
 )
 def test_features_that_cannot_be_are_refused(features, text):
-    with a_graph("linucb", {"a": line}, F, features="x").mock() as server:
+    with a_graph("linucb", {"a": line}, {"x": ("FP32", [-1, -1])}, features="x").mock() as server:
         with pytest.raises(InvalidRequest, match=text):
             server.infer(x=features)
-        server.infer(x=features[:1] * 0 if np.isfinite(features).all() else np.zeros((1, 2), np.float32), id="r")
+        server.infer(x=np.zeros((1, 2), np.float32), id="r")
         with pytest.raises(InvalidRequest, match="learns from a request's features"):
             server.feedback(variant="a", reward=1.0)
+        assert {"score": "taken"} == server.feedback("r", reward=1.0)
 
 
-def test_features_are_as_many_as_before_them():
-    with a_graph("linucb", {"a": line}, {"x": ("FP32", [-1, -1])}, features="x").mock() as server:
-        server.infer(x=np.zeros((1, 3), np.float32))
-        with pytest.raises(InvalidRequest, match="'x' has 2 values, those before it had 3"):
-            server.infer(x=np.zeros((1, 2), np.float32))
+def test_features_are_as_many_as_those_that_were_learned_from():
+    def row(size):
+        return np.ones((1, size), np.float32)
 
-
-@pytest.mark.parametrize("size", [0, 129])
-def test_features_are_neither_none_nor_too_many(size):
-    with (
-        a_graph("linucb", {"a": line}, {"x": ("FP32", [-1, -1])}, features="x").mock() as server,
-        pytest.raises(InvalidRequest, match="features are 1 to 128"),
-    ):
-        server.infer(x=np.zeros((1, size), np.float32))
+    with a_graph("linucb", {"a": line, "b": line}, {"x": ("FP32", [-1, -1])}, features="x").mock() as server:
+        server.infer(x=row(5), id="stray")  # nothing is learned yet, so one caller's mistake binds nobody
+        for number in range(4):
+            server.infer(x=row(3), id=str(number))
+            server.feedback(str(number), reward=1.0)
+        with pytest.raises(InvalidRequest, match="'x', .* has 2 values, those before it had 3"):
+            server.infer(x=row(2))
+        with pytest.raises(InvalidRequest, match="has learned from 3 features, these are 5"):
+            server.feedback("stray", reward=1.0)
 
 
 def test_features_may_be_a_field_of_a_body():
@@ -488,7 +521,7 @@ def test_features_may_be_a_field_of_a_body():
     graph.to(routers.Bandit({"a": lambda body: body["user"]}, "linucb", features="user", seed=1), "score").respond()
     with graph.mock() as server:
         assert [1, 2.5] == server.invoke({"user": [1, 2.5]})
-        for wrong in ("text", [[1], [2, 3]], None):
+        for wrong in ("text", ["1", "2"], [[1], [2, 3]], None, {}):
             with pytest.raises(InvalidRequest):
                 server.invoke({"user": wrong})
 

@@ -2,7 +2,7 @@
 
 from servinggraph.routers.bandits.arms import Arm, Number, Policy, RewardRange, added
 from servinggraph.routers.bandits.epsilon_greedy import EpsilonGreedy
-from servinggraph.routers.bandits.linucb import MAX_FEATURES, LinUcb
+from servinggraph.routers.bandits.linucb import MAX_FEATURES, LinUcb, features_of
 from servinggraph.routers.bandits.options import BanditOptions, policy_of
 from servinggraph.routers.bandits.report import report_of
 from servinggraph.routers.bandits.scorers import SCORERS, Scorer, scorer
@@ -12,5 +12,6 @@ from servinggraph.routers.bandits.window import Answers, Window
 
 __all__ = [
     "MAX_FEATURES", "SCORERS", "Answers", "Arm", "BanditOptions", "BetaThompson", "EpsilonGreedy", "GaussianThompson",
-    "LinUcb", "Number", "Policy", "RewardRange", "Scorer", "Ucb1", "Window", "added", "policy_of", "report_of", "scorer",
+    "LinUcb", "Number", "Policy", "RewardRange", "Scorer", "Ucb1", "Window", "added", "features_of", "policy_of",
+    "report_of", "scorer",
 ]  # fmt: skip

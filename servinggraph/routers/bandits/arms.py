@@ -20,6 +20,10 @@ from servinggraph.tensors import Array
 __all__ = ["NEVER", "Arm", "Number", "Policy", "RewardRange", "added", "highest"]
 
 
+_LARGEST: Final = 1e100
+"""Largest reward: the sum of the squares of as many as there will ever be is still a number."""
+
+
 class RewardRange(NamedTuple):
     """What a reward can be."""
 
@@ -29,12 +33,12 @@ class RewardRange(NamedTuple):
     """The best reward."""
 
     def __contains__(self, reward: object) -> bool:
-        return isinstance(reward, float) and isfinite(reward) and self.low <= reward <= self.high
+        return isinstance(reward, float) and abs(reward) <= _LARGEST and self.low <= reward <= self.high
 
     @property
     def bounded(self) -> bool:
         """True where there is a worst and a best reward."""
-        return isfinite(self.low) and isfinite(self.high)
+        return abs(self.low) <= _LARGEST and abs(self.high) <= _LARGEST
 
 
 class Arm(Rewards):

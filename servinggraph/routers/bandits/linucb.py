@@ -10,20 +10,53 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import sqrt
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 
 from servinggraph.routers.bandits.arms import Arm, Number, Policy, highest
 from servinggraph.tensors import Array
 
-__all__ = ["MAX_FEATURES", "LinUcb"]
+__all__ = ["MAX_FEATURES", "LinUcb", "features_of"]
 
 MAX_FEATURES: Final = 128
 """Most features: an arm holds the square of them, and workers exchange as much."""
 
+_LARGEST: Final = 1e6
+"""Largest feature: beside its square, 1 still counts in a float."""
+
 _REFRESH: Final = 1000
 """Rewards after which the inverse is made anew."""
+
+
+def features_of(given: Any, size: int | None) -> Array:
+    """Return a request's features with a constant 1 behind them.
+
+    Args:
+        given: an array, or what a JSON body has; of one row.
+        size: their number, the constant included; None for any.
+
+    Raises:
+        ValueError: it holds no such features; the text is the end of a sentence about it.
+    """
+    try:
+        row = np.asarray(given)
+    except ValueError:
+        raise ValueError("is ragged") from None
+    if row.dtype.kind not in "iufb" and row.dtype.name != "bfloat16":
+        raise ValueError("holds no numbers")
+    if row.ndim > 1 and row.shape[0] != 1:
+        raise ValueError(f"has {row.shape[0]} rows, and one decision is for a whole request: send one row")
+    if size is not None and row.size != size - 1:
+        raise ValueError(f"has {row.size} values, those before it had {size - 1}")
+    if not 1 <= row.size <= MAX_FEATURES:
+        raise ValueError(f"has {row.size} values; features are 1 to {MAX_FEATURES}")
+    features = np.empty(row.size + 1)
+    features[:-1] = row.reshape(-1)
+    features[-1] = 1.0
+    if not (np.abs(features) <= _LARGEST).all():
+        raise ValueError(f"has a value that is not finite, or beyond {_LARGEST:g}: scale it")
+    return features
 
 
 class _LinearArm(Arm):
@@ -48,8 +81,8 @@ class _LinearArm(Arm):
         self._since = 0
 
     def sized(self, size: int) -> None:
-        """Make room for features of this size, the constant included."""
-        if self.inverse is None:
+        """Make room for features of this size, the constant included, unless it has learned from others."""
+        if self.inverse is None or (self.theta.size != size and not self.count):
             self._squared, self._weighted = np.zeros((size, size)), np.zeros(size)
             self._refresh()
 

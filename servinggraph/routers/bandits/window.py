@@ -117,13 +117,10 @@ class Answers:
 
 
 def _own(answer: Any) -> Any:
-    """Return an answer that holds no memory but its own: a tensor may be a few rows of a whole batch."""
+    """Return an answer whose tensors nobody writes into, and that hold no memory but their own: some are rows of a batch."""
     if not isinstance(answer, Mapping):
         return answer
-    return {
-        name: array.copy() if isinstance(array, np.ndarray) and array.base is not None else array
-        for name, array in answer.items()
-    }
+    return {name: array.copy() if isinstance(array, np.ndarray) else array for name, array in answer.items()}
 
 
 def _size_of(answer: Any) -> int:
