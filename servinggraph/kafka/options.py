@@ -218,6 +218,12 @@ class KafkaOptions(ConnectionOptions):
     max_message_bytes: int = Field(
         2**20, ge=1024, description="Largest record that is written; an answer over it becomes an error."
     )
+    duplicates: int = Field(
+        0,
+        ge=0,
+        description="Remember so many request ids (header `x-request-id` or `ce_id`), and answer a request that is there again "
+        "not a second time; 0 for none. Each process remembers its own.",
+    )
     retry: RetryOptions = Field(default_factory=RetryOptions, description="Further attempts at a request.")
     commit: CommitOptions = Field(default_factory=CommitOptions, description="How often offsets are committed.")
     transaction: TransactionOptions = Field(

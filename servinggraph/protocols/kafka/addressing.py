@@ -8,6 +8,7 @@ import orjson
 
 from servinggraph.errors import InvalidRequest, RequestTooLarge, ServingGraphError
 from servinggraph.kafka import KafkaOptions, headers as names
+from servinggraph.protocols.kafka.cloudevents import OWN, event_headers
 from servinggraph.protocols.kafka.codec import Answer
 from servinggraph.protocols.kafka.deadletters import dead_letter
 from servinggraph.protocols.kafka.exchange import Exchange
@@ -15,6 +16,7 @@ from servinggraph.protocols.kafka.records import Outgoing, Work
 
 __all__ = ["Addressing", "size_of"]
 
+_NOT_COPIED: Final = names.OWN | OWN
 _JSON: Final = (names.CONTENT_TYPE, b"application/json")
 _OK: Final = (names.STATUS, names.OK.encode())
 _FRAMING: Final = 100
@@ -70,7 +72,7 @@ class Addressing:
         """
         topic = self.reply_to(work)
         assert topic is not None  # `check` was called
-        headers = [*answer.headers, _OK, *self._copied(work)]
+        headers = [*answer.headers, _OK, *event_headers(work, self._graph, "servinggraph.answer"), *self._copied(work)]
         outgoing = Outgoing(topic, self._key(work), answer.value, headers, self._partition(work))
         size = size_of(outgoing)
         if size > self._limit:
@@ -106,13 +108,14 @@ class Addressing:
         ]
         if error.node is not None:
             headers.append((names.ERROR_NODE, error.node.encode("utf-8", "replace")))
+        headers += event_headers(work, self._graph, "servinggraph.error")
         headers += self._copied(work)
         body = orjson.dumps({"error": text[: self._limit // 8]})
         return Outgoing(topic, self._key(work), body, headers, self._partition(work), error.code.value)
 
     def _copied(self, work: Work) -> list[tuple[str, bytes | None]]:
         """Return the headers of a request that its answer has as well: trace context, correlation, the caller's own."""
-        return [header for header in work.record.headers if header[0] not in names.OWN]
+        return [header for header in work.record.headers if header[0] not in _NOT_COPIED]
 
     def _key(self, work: Work) -> bytes | None:
         if self._output.key == "same":

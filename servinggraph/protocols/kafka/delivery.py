@@ -19,6 +19,7 @@ from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 from servinggraph.kafka import KafkaOptions
 from servinggraph.protocols.kafka.budget import Budget
 from servinggraph.protocols.kafka.clients import Clients, closed
+from servinggraph.protocols.kafka.recent import Recent
 from servinggraph.protocols.kafka.records import Outgoing, Partition, Work
 from servinggraph.protocols.kafka.report import Counts
 
@@ -54,6 +55,7 @@ class Delivery(ABC):
         options: the `kafka:` block.
         budget: is told what is done.
         counts: what is counted.
+        recent: is told which requests have their answers.
         room: called when reading may go on.
         fail: called with a failure that ends the session.
     """
@@ -68,11 +70,12 @@ class Delivery(ABC):
         options: KafkaOptions,
         budget: Budget,
         counts: Counts,
+        recent: Recent,
         room: Callable[[], None],
         fail: Callable[[BaseException], None],
     ) -> None:
         self.clients, self.consumer, self.options = clients, consumer, options
-        self.budget, self.counts = budget, counts
+        self.budget, self.counts, self.recent = budget, counts, recent
         self.room, self.fail = room, fail
         self.loop = asyncio.get_running_loop()
         self.committed_at = self.loop.time()
@@ -98,6 +101,10 @@ class Delivery(ABC):
         """Take what is to be written because of a record; it may be written later, but in this order."""
 
     @abstractmethod
+    def skip(self, work: Work) -> None:
+        """Take note of a record that is done without anything to write."""
+
+    @abstractmethod
     async def settle(self, partitions: Sequence[Partition], until: float, *, lost: bool) -> None:
         """Let go of partitions: write and commit all that is done, until a moment on the loop's clock.
 
@@ -116,16 +123,22 @@ class Delivery(ABC):
         """How many records wait for the broker to have them."""
         return 0
 
+    def forget(self, work: Work) -> None:
+        """Note that a record takes no memory any more."""
+        if work.partition.owned and self.budget.give(work.size):
+            self.room()
+
     def done(self, work: Work, outgoing: Outgoing) -> None:
         """Note that the broker has what was written because of a record."""
         counts = self.counts
+        if work.id:
+            self.recent.add(work.id)
         if outgoing.error:
             counts.failed(outgoing.error, dead=outgoing.dead)
         else:
             counts.produced += 1
         counts.seconds += max(0.0, time.time() - work.record.timestamp / 1e3)
-        if work.partition.owned and self.budget.give(work.size):
-            self.room()
+        self.forget(work)
 
 
 class AtLeastOnce(Delivery):
@@ -172,6 +185,10 @@ class AtLeastOnce(Delivery):
             return
         self.finish(work)
         self.done(work, outgoing)
+
+    def skip(self, work: Work) -> None:
+        self.finish(work)
+        self.forget(work)
 
     def finish(self, work: Work) -> None:
         """Note that a record is done, and may be committed once all before it are."""

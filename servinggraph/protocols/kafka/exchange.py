@@ -14,6 +14,7 @@ from servinggraph.context import Context, Headers
 from servinggraph.errors import DeadlineExceeded, InvalidRequest, RequestTooLarge, ServingGraphError, StepFailed
 from servinggraph.kafka import KafkaOptions, headers as names
 from servinggraph.lifecycle import ServedGraph, Serving, infer
+from servinggraph.protocols.kafka.cloudevents import ID, is_structured, unwrapped
 from servinggraph.protocols.kafka.codec import Answer, Decoded, decode
 from servinggraph.protocols.kafka.records import Work
 from servinggraph.protocols.v2 import RequestLimits
@@ -93,8 +94,11 @@ class Exchange:
                 context.trace.finish(context.id, "KAFKA_WRITE_START")
 
     async def _answer(self, work: Work, context: Context) -> Answer:
+        if is_structured(work.headers) and work.value is not None:
+            work.value, work.headers = unwrapped(work.value, work.headers)
         headers = work.headers
-        context.id = headers.get(names.REQUEST_ID, b"").decode("latin-1") or str(work.place)
+        given = (headers.get(names.REQUEST_ID) or headers.get(ID) or b"").decode("latin-1")
+        context.id = given or str(work.place)
         context.graph = self._graph
         until = self.deadline_of(headers)
         if until is not None and until <= self._wall():
@@ -106,7 +110,6 @@ class Exchange:
             graph.tracer.pick(graph, context, "KAFKA_READ")
         decoded = await self._decode(work, graph)
         request = decoded.request
-        given = headers.get(names.REQUEST_ID, b"").decode("latin-1")
         if given and not request.id:
             request.id = given
         elif request.id:
@@ -147,7 +150,7 @@ class Exchange:
         Raises:
             ServingGraphError: whatever is wrong with it.
         """
-        value = work.record.value
+        value = work.value
         if value is None:
             raise InvalidRequest("the record has no value (a tombstone), and a request is in the value")
         if len(value) > self._max_bytes:

@@ -11,7 +11,7 @@ from servinggraph.lifecycle import ServedGraph
 from servinggraph.protocols.kafka.lanes import Lanes
 from servinggraph.protocols.kafka.offsets import Offsets
 
-__all__ = ["Outgoing", "Partition", "Place", "Record", "Work"]
+__all__ = ["Outgoing", "Partition", "Place", "Record", "Result", "Work"]
 
 
 class Place(NamedTuple):
@@ -77,7 +77,7 @@ class Partition:
         self.offsets = Offsets()
         self.lanes: Lanes[Work] = Lanes()
         self.owned = True
-        self.results: dict[int, tuple[Work, Outgoing]] = {}
+        self.results: dict[int, Result] = {}
 
 
 class Work:
@@ -85,8 +85,10 @@ class Work:
 
     Attributes:
         partition: where it came from.
+        id: the request's id as headers say it, where duplicates are looked for; else empty.
         record: the record.
-        headers: its headers, the last of several equal ones.
+        headers: its headers, the last of several equal ones; of an event in structured mode, what it would have in binary mode.
+        value: its value; of an event in structured mode, the data.
         lane: lane that it keeps to; None for none.
         size: its bytes, as they count in the budget.
         attempts: how often it was tried, the attempt under way included.
@@ -96,14 +98,29 @@ class Work:
         left_out: True when its dead letter is to have no value, because that is too large.
     """
 
-    __slots__ = ("attempts", "cancel", "graph", "headers", "lane", "left_out", "partition", "record", "size", "verdict")
+    __slots__ = (
+        "attempts",
+        "cancel",
+        "graph",
+        "headers",
+        "id",
+        "lane",
+        "left_out",
+        "partition",
+        "record",
+        "size",
+        "value",
+        "verdict",
+    )
 
-    def __init__(self, partition: Partition, record: Record, lane: Hashable) -> None:
+    def __init__(self, partition: Partition, record: Record) -> None:
         self.partition = partition
         self.record = record
         self.headers: Mapping[str, bytes] = headers_of(record.headers)
-        self.lane = lane
+        self.lane: Hashable = None
         self.size = len(record.value or b"") + len(record.key or b"") + 200
+        self.value = record.value
+        self.id = b""
         self.attempts = 0
         self.cancel: Callable[[], Any] | None = None
         self.graph: ServedGraph | None = None
@@ -114,3 +131,7 @@ class Work:
     def place(self) -> Place:
         """Where the record is."""
         return Place(self.record.topic, self.record.partition, self.record.offset)
+
+
+Result = tuple[Work, Outgoing | None]
+"""A record, and what is to be written because of it; None for nothing."""

@@ -17,6 +17,7 @@ class Counts:
         produced: answers that the broker has.
         errors: records given up, by error code; told to the caller or written to the dead letters.
         dead_letters: of these, dead letters that the broker has.
+        duplicates: records that were not run, because a request of their id was answered or runs.
         retries: further attempts.
         commits: commits, or with `exactly_once` transactions.
         rebalances: how often the partitions were given out anew.
@@ -31,6 +32,7 @@ class Counts:
     produced: int = 0
     errors: dict[str, int] = field(default_factory=dict)
     dead_letters: int = 0
+    duplicates: int = 0
     retries: int = 0
     commits: int = 0
     rebalances: int = 0

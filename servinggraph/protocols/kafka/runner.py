@@ -12,7 +12,7 @@ from servinggraph.guards import backoff_s
 from servinggraph.kafka import KafkaOptions
 from servinggraph.protocols.kafka.addressing import Addressing
 from servinggraph.protocols.kafka.exchange import Exchange
-from servinggraph.protocols.kafka.records import Outgoing, Partition, Record, Work
+from servinggraph.protocols.kafka.records import Outgoing, Record, Work
 from servinggraph.protocols.kafka.report import Counts
 from servinggraph.protocols.kafka.status import Outcome, outcome_of
 
@@ -71,12 +71,11 @@ class Runner:
         """How many records are ready to run, or pause between two attempts."""
         return len(self._ready) + len(self._pausing)
 
-    def take(self, partition: Partition, record: Record) -> Work:
+    def take(self, work: Work) -> None:
         """Take a record that was read."""
-        work = Work(partition, record, self._lane_of(record))
-        if work.lane is None or partition.lanes.enter(work.lane, work):
+        work.lane = self._lane_of(work.record)
+        if work.lane is None or work.partition.lanes.enter(work.lane, work):
             self._ready.append(work)
-        return work
 
     def _lane_of(self, record: Record) -> bytes | str | None:
         order = self._options.order

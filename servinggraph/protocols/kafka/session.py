@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 
+from servinggraph.kafka import headers as names
 from servinggraph.protocols.kafka.budget import Budget
 from servinggraph.protocols.kafka.clients import closed
+from servinggraph.protocols.kafka.cloudevents import ID
 from servinggraph.protocols.kafka.delivery import AtLeastOnce, AtMostOnce, Delivery
 from servinggraph.protocols.kafka.records import Outgoing, Partition, Record, Work
 from servinggraph.protocols.kafka.runner import Runner
@@ -63,9 +65,8 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
     def _make_delivery(self) -> Delivery:
         kinds: Mapping[str, Any] = {"at_least_once": AtLeastOnce, "at_most_once": AtMostOnce, "exactly_once": ExactlyOnce}
         kind = kinds[self._options.delivery]
-        made: Delivery = kind(
-            self._stream.clients, self.consumer, self._options, self.budget, self._counts, self._room.set, self._fail
-        )
+        counted = self._options, self.budget, self._counts, self._stream.recent
+        made: Delivery = kind(self._stream.clients, self.consumer, *counted, self._room.set, self._fail)
         return made
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -112,6 +113,7 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
         for partition in self.partitions.values():
             partition.owned = False
         self._ended = True
+        self._stream.recent.forget_running()
         await self.runner.abandon()
         await self.delivery.stop()
         await closed(self.consumer, _CLOSE_S)
@@ -156,13 +158,20 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
 
     def _take(self, partition: Partition, record: Record) -> None:
         partition.offsets.begin(record.offset)
-        work = self.runner.take(partition, record)
+        work = Work(partition, record)
         self.budget.take(work.size)
         self._usual_size += (work.size - self._usual_size) / _SMOOTHING
         self._counts.consumed += 1
-        verdicts = self._stream.verdicts
-        if verdicts:
-            work.verdict, work.left_out = verdicts.pop(work.place, (None, False))
+        stream = self._stream
+        if stream.verdicts:
+            work.verdict, work.left_out = stream.verdicts.pop(work.place, (None, False))
+        if self._options.duplicates:
+            work.id = work.headers.get(names.REQUEST_ID) or work.headers.get(ID) or b""
+            if work.id and not stream.recent.begin(work.id):
+                self._counts.duplicates += 1
+                self.delivery.skip(work)
+                return
+        self.runner.take(work)
 
     async def _wait_for_room(self) -> None:
         """Return once there is room to read on.
@@ -237,6 +246,7 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
             self._counts.abandoned += self.runner.running
             await self.runner.abandon()
         await self.delivery.settle(partitions, until + _LAST_S, lost=grace_s <= 0)
+        self._stream.recent.forget_running()
         self.partitions.clear()
         self.budget.reset()
         self._room.set()

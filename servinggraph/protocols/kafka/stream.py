@@ -18,6 +18,7 @@ from servinggraph.protocols.kafka.addressing import Addressing, size_of
 from servinggraph.protocols.kafka.clients import Clients, has_topic
 from servinggraph.protocols.kafka.delivery import NotWritten
 from servinggraph.protocols.kafka.exchange import Exchange
+from servinggraph.protocols.kafka.recent import Recent
 from servinggraph.protocols.kafka.records import Place
 from servinggraph.protocols.kafka.report import Counts
 from servinggraph.protocols.kafka.session import Session
@@ -48,6 +49,7 @@ class Stream:
         state: what it does now, or why it does nothing, in words.
         verdicts: records whose answers the broker does not take, to be given up when they are read again; True for those
             whose dead letters it does not take either, with their values.
+        recent: requests that were answered lately.
         stop_by: moment on the loop's clock by which a stop has to be over.
         lag: records that wait in this member's partitions, at the last look; None before the first.
 
@@ -67,6 +69,7 @@ class Stream:
         self.exchange = Exchange(serving, graph, options)
         self.addressing = Addressing(options, graph, self.exchange)
         self.verdicts: dict[Place, tuple[ServingGraphError, bool]] = {}
+        self.recent = Recent(options.duplicates)
         self.stop_by = 0.0
         self.lag: int | None = None
         self._notice = notice

@@ -21,7 +21,7 @@ from aiokafka.errors import KafkaError, ProducerFenced
 
 from servinggraph.protocols.kafka.clients import closed
 from servinggraph.protocols.kafka.delivery import Delivery, NotWritten
-from servinggraph.protocols.kafka.records import Outgoing, Partition, Work
+from servinggraph.protocols.kafka.records import Outgoing, Partition, Result, Work
 
 __all__ = ["ExactlyOnce"]
 
@@ -49,10 +49,18 @@ class ExactlyOnce(Delivery):
                 self.consumer.seek(partition.place, committed)
 
     async def deliver(self, work: Work, outgoing: Outgoing) -> None:
-        partition = work.partition
-        writer = self._writers.get(partition)
+        writer = self._writers.get(work.partition)
         if writer is None:
             return  # let go meanwhile: it is read again by whoever has it now
+        self._finish(writer, work, outgoing)
+
+    def skip(self, work: Work) -> None:
+        writer = self._writers.get(work.partition)
+        if writer is not None:
+            self._finish(writer, work, None)
+
+    def _finish(self, writer: _Writer, work: Work, outgoing: Outgoing | None) -> None:
+        partition = work.partition
         partition.results[work.record.offset] = work, outgoing
         passed = partition.offsets.finish(work.record.offset)
         if passed:
@@ -82,7 +90,7 @@ class _Writer:
         self._loop = delivery.loop
         topic, number = partition.place
         self._producer: AIOKafkaProducer = delivery.clients.producer(f"servinggraph-{self._group}-{topic}-{number}")
-        self._queue: deque[tuple[Work, Outgoing]] = deque()
+        self._queue: deque[Result] = deque()
         self._filled = asyncio.Event()
         self._drained = asyncio.Event()
         self._drained.set()
@@ -99,7 +107,7 @@ class _Writer:
         await self._producer.start()
         self._task = self._loop.create_task(self._run(), name="kafka-transactions")
 
-    def add(self, results: Sequence[tuple[Work, Outgoing]]) -> None:
+    def add(self, results: Sequence[Result]) -> None:
         """Take the next answers, in the order of their records."""
         self._queue.extend(results)
         self._drained.clear()
@@ -148,16 +156,21 @@ class _Writer:
         producer = self._producer
         await producer.begin_transaction()
         self._in_transaction = True
+        passed = 0
         written: list[tuple[Work, Outgoing]] = []
         acknowledged: list[asyncio.Future[Any]] = []
         end = self._loop.time() + self._options.interval_ms / 1e3
         while True:
-            while self._queue and len(written) < self._options.records:
+            while self._queue and passed < self._options.records:
                 work, outgoing = self._queue.popleft()
+                passed += 1
+                if outgoing is None:
+                    self._delivery.forget(work)
+                    continue
                 written.append((work, outgoing))
                 acknowledged.append(await self._write(work, outgoing))
             left = end - self._loop.time()
-            if len(written) >= self._options.records or self._hurry or left <= 0:
+            if passed >= self._options.records or self._hurry or left <= 0:
                 break
             self._filled.clear()
             try:
@@ -165,14 +178,14 @@ class _Writer:
             except TimeoutError:
                 break
         # aiokafka would commit a transaction of which a record was refused.
-        for (work, outgoing), future in zip(written, acknowledged, strict=True):
+        for (sent, record), future in zip(written, acknowledged, strict=True):
             try:
                 await future
             except ProducerFenced:
                 raise
             except KafkaError as error:
-                raise NotWritten(work, outgoing, error) from error
-        place, position = self._partition.place, written[-1][0].record.offset + 1
+                raise NotWritten(sent, record, error) from error
+        place, position = self._partition.place, work.record.offset + 1
         await producer.send_offsets_to_transaction({place: position}, self._group)
         await producer.commit_transaction()
         self._in_transaction = False
@@ -180,8 +193,8 @@ class _Writer:
         delivery = self._delivery
         delivery.counts.commits += 1
         delivery.committed_at = self._loop.time()
-        for work, outgoing in written:
-            delivery.done(work, outgoing)
+        for sent, record in written:
+            delivery.done(sent, record)
         self._filled.set()
 
     async def _write(self, work: Work, outgoing: Outgoing) -> asyncio.Future[Any]:

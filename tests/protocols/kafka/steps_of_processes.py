@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from typing import Any
 
 
@@ -21,3 +22,14 @@ async def freeze(value: Any) -> Any:
 async def linger(value: Any) -> Any:
     await asyncio.sleep(0.02)
     return double(value)
+
+
+class SlowToLoad:
+    def load(self) -> None:
+        time.sleep(1)
+        print("loaded", file=sys.stderr, flush=True)
+
+    async def __call__(self, value: Any) -> Any:
+        print("asked", file=sys.stderr, flush=True)
+        await asyncio.sleep(0.3)
+        return double(value)
