@@ -19,6 +19,8 @@ __all__ = ["Addressing", "size_of"]
 _NOT_COPIED: Final = names.OWN | OWN
 _JSON: Final = (names.CONTENT_TYPE, b"application/json")
 _OK: Final = (names.STATUS, names.OK.encode())
+_LONGEST: Final = 1000
+"""Bytes of an error's text in a header; all of it is in the value."""
 _FRAMING: Final = 100
 """Bytes that the broker needs around a record."""
 
@@ -104,6 +106,7 @@ class Addressing:
         headers: list[tuple[str, bytes | None]] = [
             _JSON,
             (names.STATUS, error.code.value.encode()),
+            (names.ERROR, text.encode()[:_LONGEST]),
             (names.ATTEMPTS, str(max(work.attempts, 1)).encode()),
         ]
         if error.node is not None:
