@@ -62,3 +62,25 @@ def test_reply_topics_are_patterns():
     output = OutputOptions(reply_topics=["replies.*", "answers"])
 
     assert [True, True, False] == [output.may_reply_to(topic) for topic in ("replies.a", "answers", "answers2")]
+
+
+def test_a_graph_of_any_number_of_answers_reads_no_topics():
+    def items(x):
+        yield x
+
+    graph = Graph("g", {"x": ("FP32", [-1])}, kafka=LEAST).to(items, "step").respond()
+    with pytest.raises(GraphInvalid, match="'kafka' writes one answer for each record, and node 'step' gives any number"):
+        graph.compile()
+
+
+def test_sequences_need_an_order():
+    graph = Graph("g", {"x": ("FP32", [-1])}, sequences={}, kafka={**LEAST, "order": "none"})
+    with pytest.raises(GraphInvalid, match="'order: none' lets the requests of a sequence overtake each other"):
+        graph.to(lambda x: x, "step").respond().compile()
+
+
+def test_a_graph_with_topics_is_saved_and_read_back_as_it_was(tmp_path):
+    graph = Graph("g", {"x": ("FP32", [-1])}, kafka={**LEAST, "delivery": "exactly_once"}).to("math:sqrt", "step").respond()
+    graph.save(tmp_path / "graph.yaml")
+
+    assert graph == Graph.load(tmp_path / "graph.yaml")

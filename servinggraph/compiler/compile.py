@@ -88,6 +88,7 @@ def compile_graph(
         problems.append(source.problem(f"'batch' joins whole requests: {lone}", ("batch",)))
     _check_replacements(replace, nodes, spec, problems)
     problems.extend(sequence_problems(spec, order, sources, nodes, source))
+    problems.extend(_unreadable(spec, nodes, source))
     outputs = _answer(spec, behind.get(spec.answer or ""), source, problems)
     if problems:
         raise GraphInvalid(_in_file_order(problems))
@@ -121,6 +122,21 @@ def _unbatchable(spec: GraphSpec, source: Source) -> list[Problem]:
         for name, model in spec.tensors.items()
         if not model.shape or model.shape[0] != -1
     ]
+
+
+def _unreadable(spec: GraphSpec, nodes: Mapping[str, PlanNode], source: Source) -> list[Problem]:
+    """Return what stands in the way of requests from topics, where the graph asks for them."""
+    if spec.kafka is None:
+        return []
+    problems = [
+        source.problem(f"'kafka' writes one answer for each record, and node '{name}' gives any number", ("kafka",), name)
+        for name, node in nodes.items()
+        if node.streams
+    ]
+    if spec.sequences is not None and spec.kafka.order == "none":
+        text = "'order: none' lets the requests of a sequence overtake each other: use 'key', and a key for each sequence"
+        problems.append(source.problem(text, ("kafka", "order")))
+    return problems
 
 
 def _uncacheable(spec: GraphSpec, source: Source) -> list[Problem]:

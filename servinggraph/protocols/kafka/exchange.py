@@ -11,7 +11,15 @@ from time import perf_counter_ns
 from typing import Any, Final
 
 from servinggraph.context import Context, Headers
-from servinggraph.errors import DeadlineExceeded, InvalidRequest, RequestTooLarge, ServingGraphError, StepFailed
+from servinggraph.errors import (
+    DeadlineExceeded,
+    GraphNotFound,
+    InvalidRequest,
+    RequestTooLarge,
+    ServingGraphError,
+    StepFailed,
+    Unavailable,
+)
 from servinggraph.kafka import KafkaOptions, headers as names
 from servinggraph.lifecycle import ServedGraph, Serving, infer
 from servinggraph.protocols.kafka.cloudevents import ID, is_structured, unwrapped
@@ -142,7 +150,13 @@ class Exchange:
     def _find(self, headers: Mapping[str, bytes]) -> ServedGraph:
         name = headers.get(names.GRAPH, b"").decode("utf-8", "replace") or self._graph
         version = headers.get(names.VERSION, b"").decode("utf-8", "replace")
-        return self._catalog.get(name, version)
+        try:
+            return self._catalog.get(name, version)
+        except GraphNotFound as error:
+            if name != self._graph or version:
+                raise
+            # Unloaded, with the end of its stream on the way: the record is for whoever serves it next.
+            raise Unavailable(str(error)) from None
 
     async def _decode(self, work: Work, graph: ServedGraph) -> Decoded:
         """Return the request in a record.

@@ -1,41 +1,29 @@
-"""aiokafka's log lines: one for each trouble, not one for each of a thousand attempts."""
+"""aiokafka's log lines: its attempts are for whoever looks for them, what it did not expect is for everybody."""
 
 from __future__ import annotations
 
 import logging
-import time
-from typing import Final
 
 __all__ = ["quiet_aiokafka"]
 
-_QUIET_S: Final = 30.0
-logger = logging.getLogger("servinggraph.kafka")
+logger = logging.getLogger("servinggraph.kafka.client")
 
 
 class _Gate(logging.Handler):
-    """Hands on the first warning of a kind, and then only says now and then how many more there were."""
+    """Hands on a warning at level debug, since a stream says itself what is wrong; one with a traceback as it is.
 
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        # By where it is logged: a few dozen places, however many messages.
-        self._last: dict[tuple[str, int], tuple[float, int]] = {}
+    A broker that is away for a minute is a thousand lines of aiokafka otherwise.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        key = record.pathname, record.lineno
-        moment, more = self._last.get(key, (-_QUIET_S, 0))
-        now = time.monotonic()
-        if now - moment < _QUIET_S:
-            self._last[key] = moment, more + 1
-            return
-        self._last[key] = now, 0
-        others = f" (and {more} more since the last line)" if more else ""
-        logger.warning("%s%s", record.getMessage(), others)
+        level = record.levelno if record.exc_info else logging.DEBUG
+        logger.log(level, "%s", record.getMessage(), exc_info=record.exc_info)
 
 
 def quiet_aiokafka() -> None:
     """Take aiokafka's log lines through the gate; whoever sets its logger's level has all of them from there on."""
     theirs = logging.getLogger("aiokafka")
-    if theirs.level == logging.NOTSET and not any(isinstance(handler, _Gate) for handler in theirs.handlers):
-        theirs.addHandler(_Gate())
+    if theirs.level == logging.NOTSET:
+        theirs.addHandler(_Gate(logging.WARNING))
         theirs.setLevel(logging.WARNING)
         theirs.propagate = False

@@ -157,23 +157,38 @@ class Stream:
                 raise TopicMissing(f"there is no topic '{topic}' ({use}) at {self.clients.brokers}")
 
     async def _watch(self, session: Session) -> None:
-        """Look at the lag now and then."""
+        """Look at the lag now and then, which also tells whether the brokers answer."""
         while True:
             await asyncio.sleep(_LAG_S)
             if not session.joined:
                 continue
             ready = self.ready
             try:
-                ends = await asyncio.wait_for(session.consumer.end_offsets(list(session.partitions)), 2 * _LAG_S)
+                self.lag = await asyncio.wait_for(self._lag_of(session), 2 * _LAG_S)
             except (KafkaError, TimeoutError):
-                continue
-            self.lag = sum(
-                max(0, end - (partition.offsets.position or 0))
-                for place, end in ends.items()
-                if (partition := session.partitions.get(place)) is not None and partition.offsets.position is not None
-            )
+                if session.joined and not self.state:
+                    logger.warning("graph '%s', Kafka: no answer from %s; waiting", self.graph, self.clients.brokers)
+                    self.changed(f"no answer from {self.clients.brokers}")
+            else:
+                if self.state and session.joined:
+                    self.changed("")
             if ready != self.ready:
                 self._notice()
+
+    async def _lag_of(self, session: Session) -> int:
+        """Return how many records of this member's partitions are not done.
+
+        Raises:
+            KafkaError: the brokers do not answer.
+        """
+        ends = await session.consumer.end_offsets(list(session.partitions))
+        lag = 0
+        for place, end in ends.items():
+            partition = session.partitions.get(place)
+            if partition is not None:
+                position = partition.offsets.position
+                lag += max(0, end - (await session.consumer.position(place) if position is None else position))
+        return lag
 
     def describe(self) -> str:
         """Say in a line what is read and written, and with which promise."""
@@ -185,9 +200,10 @@ class Stream:
 
     @property
     def ready(self) -> bool:
-        """True while this member is in its group, and not too far behind where there is a limit to that."""
+        """True while this member is in its group, the brokers answer, and its lag is within its limit, if there is one."""
         session, limit = self._session, self.options.input.max_lag
-        return session is not None and session.joined and (limit is None or self.lag is None or self.lag <= limit)
+        joined = session is not None and session.joined and not self.state
+        return joined and (limit is None or self.lag is None or self.lag <= limit)
 
     def report(self) -> dict[str, Any]:
         """Return what can be told of it, as plain values."""
@@ -198,7 +214,7 @@ class Stream:
             "group": self.options.input.group,
             "delivery": self.options.delivery,
             "ready": self.ready,
-            "state": self.state or "reading",
+            "state": self.state or ("reading" if session is not None and session.joined else "waiting for its group"),
             "lag": self.lag,
             **self.counts.plain(),
         }
