@@ -82,38 +82,45 @@ class Exchange:
             return await self._answer(work, context)
         except ServingGraphError as error:
             if isinstance(error, StepFailed):
-                self._serving.failures.report(context.graph, context.id, error)
+                self._report(error, work, context)
             raise
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
             failure = StepFailed("was cancelled from inside")  # a step raised it: nobody cancelled this task
-            self._serving.failures.report(context.graph, context.id, failure)
+            self._report(failure, work, context)
             raise failure from error
         except Exception as error:  # a defect of ours: the record ends somewhere all the same
             failure = StepFailed(f"{type(error).__name__}: {error}")
             failure.__cause__ = error
-            self._serving.failures.report(context.graph, context.id, failure)
+            self._report(failure, work, context)
             raise failure from error
         finally:
             context.when_idle(self._admission.leave)
             if context.trace is not None:
                 context.trace.finish(context.id, "KAFKA_WRITE_START")
 
+    def _report(self, failure: StepFailed, work: Work, context: Context) -> None:
+        self._serving.failures.report(context.graph, context.id or str(work.place), failure)
+
     async def _answer(self, work: Work, context: Context) -> Answer:
-        if is_structured(work.headers) and work.value is not None:
-            work.value, work.headers = unwrapped(work.value, work.headers)
-        headers = work.headers
-        given = (headers.get(names.REQUEST_ID) or headers.get(ID) or b"").decode("latin-1")
-        context.id = given or str(work.place)
-        context.graph = self._graph
-        until = self.deadline_of(headers)
-        if until is not None and until <= self._wall():
-            raise DeadlineExceeded(f"Request timeout expired: its deadline ('{names.DEADLINE}') passed before it could run")
-        graph = work.graph = self._find(headers)
+        context.graph = name = self._graph
+        given, version, until = "", "", None
+        if work.headers:  # most records of those who only write to a topic have none
+            if is_structured(work.headers) and work.value is not None:
+                work.value, work.headers = unwrapped(work.value, work.headers)
+            headers = work.headers
+            context.id = given = (headers.get(names.REQUEST_ID) or headers.get(ID) or b"").decode("latin-1")
+            context.headers = RecordHeaders(work.record.headers)  # type: ignore[arg-type]  # decoded when looked at
+            until = self.deadline_of(headers)
+            if until is not None and until <= self._wall():
+                text = f"Request timeout expired: its deadline ('{names.DEADLINE}') passed before it could run"
+                raise DeadlineExceeded(text)
+            name = headers.get(names.GRAPH, b"").decode("utf-8", "replace") or name
+            version = context.version = headers.get(names.VERSION, b"").decode("utf-8", "replace")
+        graph = work.graph = self._find(name, version)
         context.graph = graph.plan.name
-        context.version = headers.get(names.VERSION, b"").decode("utf-8", "replace")
         if graph.tracer is not None:
             graph.tracer.pick(graph, context, "KAFKA_READ")
         decoded = await self._decode(work, graph)
@@ -122,7 +129,6 @@ class Exchange:
             request.id = given
         elif request.id:
             context.id = request.id
-        context.headers = RecordHeaders(work.record.headers)  # type: ignore[arg-type]  # decoded when looked at
         now = graph.executor.now()
         if request.parameters:
             context.parameters = request.parameters
@@ -147,9 +153,7 @@ class Exchange:
                 raise
             raise StepFailed(f"{type(error).__name__}: {error}").at(graph.plan.answer) from error
 
-    def _find(self, headers: Mapping[str, bytes]) -> ServedGraph:
-        name = headers.get(names.GRAPH, b"").decode("utf-8", "replace") or self._graph
-        version = headers.get(names.VERSION, b"").decode("utf-8", "replace")
+    def _find(self, name: str, version: str) -> ServedGraph:
         try:
             return self._catalog.get(name, version)
         except GraphNotFound as error:
@@ -170,7 +174,7 @@ class Exchange:
         if len(value) > self._max_bytes:
             raise RequestTooLarge(f"request size exceeds the maximum allowed: {self._max_bytes} bytes (limit 'max_body_bytes')")
         headers, plan = work.headers, graph.plan
-        coding = headers.get(_CODING, b"").decode("latin-1")
+        coding = headers.get(_CODING, b"").decode("latin-1") if headers else ""
         if not coding and len(value) <= _LARGE_BYTES:
             return decode(value, headers, self._format, plan, self._limits)
 
