@@ -356,7 +356,7 @@ def _impurity(work: Step[Any] | Router[Any]) -> str | None:
             return "gives any number of answers, as it is a generator"
         if work.keeps_state:
             return "keeps state for its sequence"
-    elif type(work).adjust is not Router.adjust:
+    elif work.settings():
         return "has settings that can be changed while it serves"
     return work.impurity()
 

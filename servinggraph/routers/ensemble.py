@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 from pydantic import Field
 
 from servinggraph.context import Context
-from servinggraph.errors import GraphInvalid, Problem, ServingGraphError, StepFailed, nearest
+from servinggraph.errors import GraphInvalid, InvalidRequest, Problem, ServingGraphError, StepFailed, nearest
 from servinggraph.importing import ImportProblem, load_object
 from servinggraph.interfaces import Handler, Router, RouterOptions, Tensors
 from servinggraph.routers.ensembles.defaults import Defaults, defaults_of
@@ -19,6 +19,7 @@ from servinggraph.routers.ensembles.means import maximum, mean, median, trimmed_
 from servinggraph.routers.ensembles.outputs import Members, alike, columns, common_outputs, require_tensors
 from servinggraph.routers.ensembles.shares import shares_of, weight_problems
 from servinggraph.routers.ensembles.votes import elected_class, elected_label
+from servinggraph.routers.selection import weights_problem
 from servinggraph.routers.signatures import union_of_inputs
 from servinggraph.tensors import Array, Signature, TensorSpec
 
@@ -73,7 +74,9 @@ class EnsembleOptions(RouterOptions):
     stacker: str | None = Field(
         None, description="Branch that is no member, for stacking: it gets what the members gave, named `member.tensor`."
     )
-    weights: dict[str, float] | None = Field(None, description="Weight of each member, for weighted_mean, vote and soft_vote.")
+    weights: dict[str, float] | None = Field(
+        None, description="Weight of each member, for weighted_mean, vote and soft_vote; can be changed while it serves."
+    )
     tensors: list[str] | None = Field(
         None,
         min_length=1,
@@ -142,18 +145,22 @@ class Ensemble(Router[EnsembleOptions]):
         if problems:
             raise GraphInvalid(problems)
         self._tell = {key: f"{self.name}.{key}" for key in ("members", "weights", "defaulted")}
-        self._weights = {name: (options.weights or {}).get(name, 1.0) for name in self._names}
-        self._all = shares_of(self._weights, self._names), ",".join(self._names)
+        self._set(options.weights or dict.fromkeys(self._names, 1.0))
+        self._requests = 0
+        self._missing = dict.fromkeys(self._names, 0)
         return Signature(union_of_inputs(members), self._outputs(branches, members, combined))
 
     async def route(self, value: Any, context: Context, branches: Mapping[str, Handler]) -> Any:
         names = self._names
         answers = await self._gathering.answers([branches[name](value, context) for name in names], context)
-        shares, answered = self._all
+        shares, answered = self._shares, self._every_name
         told = context.response_parameters
+        self._requests += 1
         try:
             if len(answers) < len(names):
                 answered = ",".join(answers)
+                for name in names:
+                    self._missing[name] += name not in answers
                 if self._defaults is not None:
                     told[self._tell["defaulted"]] = ",".join(name for name in names if name not in answers)
                     answers = self._defaults.filled(answers, names, value)
@@ -172,6 +179,25 @@ class Ensemble(Router[EnsembleOptions]):
             raise StepFailed.because_of(error, f"cannot combine {', '.join(answers)}: ") from error
         return await result if inspect.isawaitable(result) else result
 
+    def settings(self) -> dict[str, Any]:
+        return {} if self.options.weights is None else {"weights": dict(self._weights)}
+
+    def adjust(self, changes: Mapping[str, Any]) -> None:
+        if self.options.weights is None:
+            return super().adjust(changes)
+        for name in changes:
+            if name not in ("weights", "revision"):
+                raise InvalidRequest(f"'{name}' cannot be changed; 'weights' can")
+        weights = changes.get("weights")
+        if reason := weights_problem(weights, self._weights):
+            raise InvalidRequest(reason)
+        assert weights is not None  # just seen
+        return self._set({**dict.fromkeys(self._names, 0.0), **weights})
+
+    def report(self) -> dict[str, Any]:
+        shares = dict(zip(self._names, self._shares.shares, strict=True))
+        return {"requests": self._requests, "missing": dict(self._missing), "shares": shares}
+
     def impurity(self) -> str | None:
         if self._may_miss:
             return "answers without members that fail ('quorum' or 'on_failure')"
@@ -183,6 +209,11 @@ class Ensemble(Router[EnsembleOptions]):
 
     async def stop(self) -> None:
         await self._gathering.end()
+
+    def _set(self, weights: Mapping[str, float]) -> None:
+        self._weights = dict(weights)
+        self._shares = shares_of(self._weights, self._names)
+        self._every_name = ",".join(self._names)
 
     def _combination(self, problems: list[Problem]) -> Callable[[Members, Sequence[float]], Any]:
         """Return what makes one answer of what members gave and their shares."""

@@ -85,7 +85,8 @@ def test_versions_are_those_of_the_model():
         for version, number in (("1", 1), ("2", 2), ("10", 3)):
             reply = post(server, f"/versions/{version}/infer").json()
             assert ([number], version) == (reply["outputs"][0]["data"], reply["model_version"])
-            assert 200 == server.request("GET", f"/v2/models/g/versions/{version}/ready").status
+            for path in ("/ready", "/config", "/stats", ""):
+                assert 200 == server.request("GET", f"/v2/models/g/versions/{version}{path}").status
         assert [2.0] == post(server, "/infer").json()["outputs"][0]["data"]
         assert ["1", "2", "10"] == server.request("GET", "/v2/models/g").json()["versions"]
         answer = post(server, "/versions/3/infer")

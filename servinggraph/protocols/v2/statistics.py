@@ -33,7 +33,7 @@ def model_statistics(graphs: Sequence[ServedGraph], name: str = "", version: str
     for graph in graphs:
         found = _entries(graph, name) if graph.ready else []
         known = known or bool(found)
-        if not version or graph.plan.version == version:
+        if not version or version == graph.plan.version or version in graph.plan.versions:
             entries += found
     if name and not entries:
         what = "model version is" if known else f"model '{name}' is"

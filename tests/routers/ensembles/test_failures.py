@@ -208,3 +208,36 @@ def test_defaults_for_a_function_need_declared_outputs(outputs: Any, value: Any,
         ensemble(
             {"a": good, "b": b}, lambda members: members["a"], on_failure="default", defaults={"b": {"y": value}}
         ).compile()
+
+
+def test_weights_change_between_two_requests_and_the_report_says_who_was_missing() -> None:
+    state = {"fails": False}
+
+    def sometimes(value: Any) -> Any:
+        if state["fails"]:
+            raise ValueError("no")
+        return {"y": value["x"] * 4}
+
+    graph = ensemble({"a": good, "b": sometimes}, "weighted_mean", weights={"a": 1, "b": 1}, quorum=1)
+    with graph.mock() as server:
+        assert [[3.0], [6.0]] == server.infer(x=X).outputs["y"].tolist()
+        assert {"weights": {"a": 0.0, "b": 3}} == server.adjust("n", {"weights": {"b": 3}})
+        assert [[4.0], [8.0]] == server.infer(x=X).outputs["y"].tolist()
+        state["fails"] = True
+        with pytest.raises(Unavailable, match="only members of weight 0 answered: a"):
+            server.infer(x=X)
+        assert {"requests": 3, "missing": {"a": 0, "b": 1}, "shares": {"a": 0.0, "b": 1.0}} == server.router("n").report()
+        for change in ({"weights": {"c": 1}}, {"weights": {"a": -1}}, {"weights": {"a": 0}}, {"quorum": 2}):
+            with pytest.raises(InvalidRequest):
+                server.adjust("n", change)
+        assert {"weights": {"a": 0.0, "b": 3}} == server.router("n").settings()
+
+
+def test_an_ensemble_without_weights_has_no_settings_and_may_be_pure() -> None:
+    members = {name: steps.Python(good, pure=True) for name in "ab"}
+    with ensemble(members, pure=True, cache={"max_bytes": 10_000}).mock() as server:
+        assert {} == server.router("n").settings()
+        with pytest.raises(InvalidRequest, match="no settings"):
+            server.adjust("n", {"weights": {"a": 1}})
+    with pytest.raises(GraphInvalid, match="settings that can be changed"):
+        ensemble(members, "weighted_mean", weights={"a": 1, "b": 2}, pure=True).compile()
