@@ -133,6 +133,7 @@ class Step(ABC, Generic[OptionsT]):
         batches_by_itself: True when `load` may give a policy where the graph is silent about batching.
         unbatchable: why the step cannot be batched, where its tensors do not say so; set by `prepare`.
         declared_outputs: outputs that the definition declares, names as the step gives them; set before `prepare`.
+        graph_file: file of a graph that becomes part of this one in the step's place; set by `prepare`.
         conceal: puts `${NAME}` in place of what came from the environment, in a text for people; set before `prepare`.
         passes_on: True when it gives what it gets, as it is.
         sees_requests: True when each request has to reach it by itself, and not joined to others in a batch.
@@ -147,6 +148,7 @@ class Step(ABC, Generic[OptionsT]):
     unbatchable: str | None = None
     counts: bool = True
     declared_outputs: Mapping[str, TensorSpec] | None = None
+    graph_file: Path | None = None
     conceal: Callable[[str], str] = str
     passes_on: ClassVar[bool] = False
     sees_requests: ClassVar[bool] = False

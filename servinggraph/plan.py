@@ -41,6 +41,7 @@ class PlanNode:
         outputs: declared outputs, checked on every answer; None when nothing is declared.
         signature: what it takes and gives as far as known, names as outside the node.
         streams: True when it gives any number of values, one after the other: a generator.
+        graph: the graph that it stands for, its nodes named `score.clean`; None for most.
     """
 
     name: str
@@ -59,6 +60,12 @@ class PlanNode:
     outputs: Mapping[str, TensorSpec] | None = None
     signature: Signature = field(default_factory=Signature)
     streams: bool = False
+    graph: Plan | None = None
+
+    @property
+    def inside(self) -> tuple[PlanNode, ...]:
+        """The nodes in it: a router's branches, or those of the graph that it stands for."""
+        return (*self.branches.values(), *(self.graph.nodes if self.graph is not None else ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +123,11 @@ class Plan:
         return tuple(sorted(versions or {self.version}, key=int))
 
     def every_node(self) -> list[PlanNode]:
-        """Return all nodes, branches of routers included, parents first."""
+        """Return all nodes, branches of routers and nodes of graphs in graphs included, parents first."""
         found: list[PlanNode] = []
         waiting = list(reversed(self.nodes))
         while waiting:
             node = waiting.pop()
             found.append(node)
-            waiting.extend(reversed(list(node.branches.values())))
+            waiting.extend(reversed(node.inside))
         return found

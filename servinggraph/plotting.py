@@ -47,10 +47,11 @@ def mermaid(plan: Plan) -> str:
 
     def add(node: PlanNode, indent: str) -> None:
         identity = node.name.replace(".", "__").replace("-", "_")
-        if node.branches:
+        if node.inside:
             lines.append(f'{indent}subgraph {identity}["{node.name}: {node.work.describe()}"]')
-            for branch in node.branches.values():
-                add(branch, indent + "  ")
+            for inner in node.inside:
+                add(inner, indent + "  ")
+                lines.extend(f"{indent}  {_id(source)} --> {_id(inner.name)}" for source in inner.sources if source != INPUTS)
             lines.append(f"{indent}end")
         else:
             short = node.name.rpartition(".")[2]
@@ -79,35 +80,47 @@ def _dot(plan: Plan, graphviz: Any) -> Any:
             _edge(picture, plan, source, node)
     picture.node("answer", _tensors(plan.outputs or {}, "\n") or "answer", shape="oval", fillcolor="#f6f6f6")
     last = next(node for node in plan.nodes if node.name == plan.answer)
-    for end in _leaves(last):
+    for end in _ends(last):
         picture.edge(end, "answer")
     return picture
 
 
 def _add_dot(picture: Any, node: PlanNode, graphviz: Any) -> None:
-    if not node.branches:
+    if not node.inside:
         short = node.name.rpartition(".")[2]
         picture.node(node.name, f"{short}\n{node.work.describe()}")
         return
     with picture.subgraph(name=f"cluster_{node.name}") as cluster:
         label = f"{node.name}: {node.work.describe()}"
         cluster.attr(label=label, style="rounded,dashed", color="#b08a3c", fontname="Helvetica", fontsize="11")
-        for branch in node.branches.values():
-            _add_dot(cluster, branch, graphviz)
+        for inner in node.inside:
+            _add_dot(cluster, inner, graphviz)
+            for source in inner.sources:
+                if source != INPUTS and node.graph is not None:
+                    _edge(cluster, node.graph, source, inner)
 
 
 def _edge(picture: Any, plan: Plan, source: str, node: PlanNode) -> None:
     before = next((other for other in plan.nodes if other.name == source), None)
-    for start in _leaves(before) if before is not None else [source]:
-        for end in _leaves(node):
+    for start in _ends(before) if before is not None else [source]:
+        for end in _beginnings(node):
             picture.edge(start, end)
 
 
-def _leaves(node: PlanNode) -> list[str]:
-    """Return the boxes that an edge to or from a node touches: a router's are its branches'."""
-    if not node.branches:
+def _beginnings(node: PlanNode) -> list[str]:
+    """Return the boxes that an edge to a node leads to: those of a router's branches, of a graph's first nodes."""
+    if not node.inside:
         return [node.name]
-    return [leaf for branch in node.branches.values() for leaf in _leaves(branch)]
+    first = [inner for inner in node.inside if node.graph is None or INPUTS in inner.sources]
+    return [box for inner in first for box in _beginnings(inner)]
+
+
+def _ends(node: PlanNode) -> list[str]:
+    """Return the boxes that an edge from a node begins at: those of a router's branches, of a graph's answer."""
+    if not node.inside:
+        return [node.name]
+    last = [inner for inner in node.inside if node.graph is None or inner.name == node.graph.answer]
+    return [box for inner in last for box in _ends(inner)]
 
 
 def _inputs(plan: Plan, separator: str = "<br/>") -> str:

@@ -16,6 +16,7 @@ from servinggraph.importing import ImportProblem, load_object
 __all__ = ["PROTOCOLS", "ROUTERS", "STEPS", "kinds", "load_kind"]
 
 STEPS: Final[Mapping[str, str]] = {
+    "graph": "servinggraph.steps.graph:SubGraph",
     "onnx": "servinggraph.steps.onnx:Onnx",
     "publish": "servinggraph.steps.topics:Publish",
     "python": "servinggraph.steps.python:Python",

@@ -33,6 +33,8 @@ def _asked(node: PlanNode) -> dict[str, TensorSpec] | None:
     asked: dict[str, TensorSpec] | None = None
     if node.signature.inputs is not None:
         asked = dict(node.signature.inputs)
+    if node.graph is not None and node.graph.body_keys is not None:
+        asked = dict(node.graph.body_keys)
     for branch in node.branches.values():
         inside = _asked(branch)
         if inside is not None:

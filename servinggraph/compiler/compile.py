@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from servinggraph.compiler.bodies import body_keys
 from servinggraph.compiler.labels import declared_outputs
+from servinggraph.compiler.nested import compile_nested
 from servinggraph.compiler.nodes import NodeCompiler, Tensors, lone_node
 from servinggraph.compiler.options import validated
 from servinggraph.compiler.sequences import sequence_problems
@@ -32,12 +34,16 @@ def compile_source(source: Source, replace: Replacements | None = None) -> Plan:
     defaults = {"graph": "unnamed", "inputs": {}, "nodes": {}}
     spec = validated(GraphSpec, source.expanded(), source, (), problems, defaults=defaults)
     if spec is None:
-        raise GraphInvalid(_in_file_order(problems))
+        raise GraphInvalid(_in_file_order(problems, source.file))
     return compile_graph(spec, source, replace, problems)
 
 
 def compile_graph(
-    spec: GraphSpec, source: Source, replace: Replacements | None = None, problems: list[Problem] | None = None
+    spec: GraphSpec,
+    source: Source,
+    replace: Replacements | None = None,
+    problems: list[Problem] | None = None,
+    prefix: str = "",
 ) -> Plan:
     """Compile a definition.
 
@@ -46,6 +52,7 @@ def compile_graph(
         source: where it came from: folder of its relative paths, lines of its keys.
         replace: node or branch name to a callable that stands in for it, for tests.
         problems: what is known to be wrong already; more joins it.
+        prefix: what stands before the names of nodes: `outer.` for a graph that is a node of another.
 
     Raises:
         GraphInvalid: with every problem found.
@@ -71,34 +78,37 @@ def compile_graph(
         for name, model in spec.tensors.items()
         if model.labels is not None
     )
-    compiler = NodeCompiler(source, replace, problems, sequences=spec.sequences is not None)
+    nested = partial(compile_nested, compile_graph, source, replace, spec.sequences)
+    compiler = NodeCompiler(source, replace, problems, sequences=spec.sequences is not None, nested=nested)
     takes_body = spec.inputs == "body"
     # Inputs that are themselves at fault are taken for unknown, so that nothing follows from them.
     behind: dict[str, Tensors] = {INPUTS: inputs if inputs_known and not takes_body else None}
     nodes: dict[str, PlanNode] = {}
     for name in order or spec.nodes:
         given = _merged(name, sources[name], behind, source, problems)
-        node = compiler.node(name, spec.nodes[name], ("nodes", name), sources[name], given)
+        after = tuple(source if source == INPUTS else prefix + source for source in sources[name])
+        node = compiler.node(prefix + name, spec.nodes[name], ("nodes", name), after, given)
         behind[name] = node.signature.outputs if node else None
         if node is not None:
             nodes[name] = node
     problems.extend(stream_problems(order, sources, {name for name, node in nodes.items() if node.streams}, spec, source))
-    lone = next((found for name, node in nodes.items() if (found := lone_node(name, node.work, node.branches))), None)
+    lone = next((found for node in nodes.values() if (found := lone_node(node.name, node.work, node.inside))), None)
     if spec.batch is not None and lone is not None:
         problems.append(source.problem(f"'batch' joins whole requests: {lone}", ("batch",)))
-    _check_replacements(replace, nodes, spec, problems)
+    if not prefix:
+        _check_replacements(replace, nodes, spec, problems)
     problems.extend(sequence_problems(spec, order, sources, nodes, source))
     problems.extend(_unreadable(spec, nodes, source))
     outputs = _answer(spec, behind.get(spec.answer or ""), source, problems)
     if problems:
-        raise GraphInvalid(_in_file_order(problems))
+        raise GraphInvalid(_in_file_order(problems, source.file))
     return Plan(
         name=spec.graph,
         version=spec.version,
         inputs=inputs,
         outputs=outputs,
         nodes=tuple(nodes[name] for name in order),
-        answer=spec.answer or "",
+        answer=prefix + (spec.answer or ""),
         timeout_s=None if spec.timeout_ms is None else spec.timeout_ms / 1e3,
         batch=spec.batch,
         cache=spec.cache,
@@ -204,10 +214,24 @@ def _check_replacements(replace: Replacements, nodes: Mapping[str, PlanNode], sp
         for short, branch in (node.branches or {}).items():
             known.append(f"{prefix}.{short}")
             waiting.append((f"{prefix}.{short}", branch))
+    for compiled in nodes.values():
+        known.extend(node.name for node in _all_inside(compiled))
+    # Which nodes a graph in a graph has is known only when it compiles.
+    failed = tuple(f"{name}." for name, node in spec.nodes.items() if node.step is not None and name not in nodes)
     problems.extend(
-        Problem(f"there is no node '{name}' to replace{nearest(name, known)}") for name in replace if name not in known
+        Problem(f"there is no node '{name}' to replace{nearest(name, known)}")
+        for name in replace
+        if name not in known and not name.startswith(failed)
     )
 
 
-def _in_file_order(problems: list[Problem]) -> list[Problem]:
-    return sorted(dict.fromkeys(problems), key=lambda problem: problem.line or 0)
+def _all_inside(node: PlanNode) -> list[PlanNode]:
+    return [found for inner in node.inside for found in (inner, *_all_inside(inner))]
+
+
+def _in_file_order(problems: list[Problem], file: str | None) -> list[Problem]:
+    def place(problem: Problem) -> tuple[bool, str, int]:
+        elsewhere = problem.file is not None and problem.file != file
+        return elsewhere, (problem.file or "") if elsewhere else "", problem.line or 0
+
+    return sorted(dict.fromkeys(problems), key=place)

@@ -6,14 +6,17 @@ against what reaches it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from servinggraph.compiler.labels import declared_outputs
+from servinggraph.compiler.nested import NestedGraph
 from servinggraph.compiler.options import validated
+from servinggraph.compiler.sequences import keeper
 from servinggraph.errors import GraphInvalid, Problem, nearest
 from servinggraph.importing import ImportProblem
 from servinggraph.interfaces import BatchPolicy, Router, Step, Tensors
@@ -37,12 +40,14 @@ class NodeCompiler:
         replace: node or branch name to a callable that stands in for it.
         problems: everything found so far.
         sequences: True when the graph declares `sequences`.
+        nested: compiles a graph that is a node of this one: its file, as it is and as it was given, and the node's name.
     """
 
     source: Source
     replace: Mapping[str, Callable[..., Any]]
     problems: list[Problem]
     sequences: bool = False
+    nested: Callable[[Path, str, str], NestedGraph] | None = None
 
     def node(self, name: str, spec: NodeSpec, path: KeyPath, sources: tuple[str, ...], given: Tensors) -> PlanNode | None:
         """Compile a node.
@@ -75,15 +80,23 @@ class NodeCompiler:
             branches = _joined(branches, work, spec.batch)
         if work is None or signature is None:
             return None
+        nested: NestedGraph | None = None
+        if isinstance(work, Step) and work.graph_file is not None:
+            nested = self._graph(name, work.graph_file, spec, path)
+            if nested is None:
+                return None
+            signature = nested.signature
+        graph = None if nested is None else nested.plan
+        inner = branches.values() if graph is None else graph.nodes
         self._check_inputs(signature, inside, path, name)
         self._check_batch(work, spec, signature, path, name)
-        lone = lone_node(name, work, branches)
+        lone = lone_node(name, work, inner)
         if lone is not None and (isinstance(spec.batch, BatchPolicy) or spec.batch is True):
             self._report(f"cannot batch: {lone}", (*path, "batch"), name)
         if isinstance(work, Step) and work.unbatchable is not None and spec.batch not in (None, False):
             self._report(f"cannot batch: {work.unbatchable}", (*path, "batch"), name)
-        self._check_purity(spec, work, path, name)
-        self._check_guards(spec, work, path, name)
+        self._check_purity(spec, work, path, name, nested)
+        self._check_guards(spec, work, path, name, inner)
         declared = (
             declared_outputs(spec.outputs, self.source, (*path, "outputs"), self.problems, name) if spec.outputs else None
         )
@@ -99,20 +112,23 @@ class NodeCompiler:
             renamed_inputs=dict(spec.rename.inputs) if spec.rename else {},
             renamed_outputs=dict(spec.rename.outputs) if spec.rename else {},
             keep=tuple(spec.keep) if isinstance(spec.keep, list) else spec.keep,
-            timeout_s=None if spec.timeout_ms is None else spec.timeout_ms / 1e3,
-            batch=spec.batch,
-            cache=spec.cache,
+            timeout_s=_shortest(spec.timeout_ms and spec.timeout_ms / 1e3, None if graph is None else graph.timeout_s),
+            batch=spec.batch if spec.batch is not None or graph is None else graph.batch,
+            cache=spec.cache if spec.cache is not None or graph is None else graph.cache,
             guards=spec.guards,
             outputs=declared,
             signature=Signature(signature.inputs, outputs),
             streams=isinstance(work, Step) and work.streams,
+            graph=graph,
         )
         return None if len(self.problems) > found else node
 
     def _report(self, message: str, path: KeyPath, node: str) -> None:
         self.problems.append(self.source.problem(message, path, node))
 
-    def _check_guards(self, spec: NodeSpec, work: Step[Any] | Router[Any], path: KeyPath, name: str) -> None:
+    def _check_guards(
+        self, spec: NodeSpec, work: Step[Any] | Router[Any], path: KeyPath, name: str, inner: Iterable[PlanNode]
+    ) -> None:
         """Report guards on a node that they cannot stand around."""
         given = [key for key in Guards.model_fields if getattr(spec, key) is not None]
         if not given:
@@ -120,7 +136,7 @@ class NodeCompiler:
         if isinstance(work, Step) and work.streams:
             text = f"'{given[0]}' is for nodes with one answer, and this one is a generator: put it on the nodes around"
             self._report(text, (*path, given[0]), name)
-        elif spec.retry is not None and isinstance(work, Step) and work.keeps_state:
+        elif spec.retry is not None and isinstance(work, Step) and (work.keeps_state or any(map(keeper, inner))):
             text = "'retry' would run a step twice whose state may have changed the first time: catch the failure in the step"
             self._report(text, (*path, "retry"), name)
 
@@ -157,6 +173,22 @@ class NodeCompiler:
                 # A step names the option at fault, if one is, as the first part of `node`.
                 self._report(problem.message, (*path, problem.node) if problem.node else path, name)
             return None, None
+
+    def _graph(self, name: str, file: Path, spec: NodeSpec, path: KeyPath) -> NestedGraph | None:
+        """Compile the graph that a node stands for; its problems join this one's."""
+        assert self.nested is not None  # a bare model has no graph in it
+        shown = str(spec.extra["path"])
+        if self.source.file is not None:
+            shown = str(Path(self.source.file).parent / shown)
+        try:
+            return self.nested(file, shown, name)
+        except GraphInvalid as error:
+            self.problems.extend(
+                # What is wrong with the node itself has no file yet.
+                problem if problem.file is not None else self.source.problem(problem.message, (*path, "path"), name)
+                for problem in error.problems
+            )
+            return None
 
     def _branches(self, name: str, spec: NodeSpec, path: KeyPath, inside: Tensors) -> dict[str, PlanNode]:
         branches: dict[str, PlanNode] = {}
@@ -263,7 +295,9 @@ class NodeCompiler:
                         name,
                     )
 
-    def _check_purity(self, spec: NodeSpec, work: Step[Any] | Router[Any], path: KeyPath, name: str) -> None:
+    def _check_purity(
+        self, spec: NodeSpec, work: Step[Any] | Router[Any], path: KeyPath, name: str, nested: NestedGraph | None
+    ) -> None:
         if not spec.pure:
             if spec.cache is not None:
                 text = "'cache' is for nodes whose answer depends on nothing but their input: promise it with 'pure: true'"
@@ -272,6 +306,8 @@ class NodeCompiler:
         reason = _impurity(work)
         if reason is not None:
             self._report(f"is not pure: it {reason}; remove 'pure'", (*path, "pure"), name)
+        if nested is not None and nested.impure is not None:
+            self._report(f"is not pure: node '{nested.impure}' does not say 'pure: true'", (*path, "pure"), name)
         for short, branch in (spec.branches or {}).items():
             if not branch.pure:
                 self._report(f"is not pure: branch '{short}' does not say 'pure: true'", (*path, "pure"), name)
@@ -340,14 +376,18 @@ def _joined(branches: dict[str, PlanNode], router: Router[Any] | None, batch: Ba
     }
 
 
-def lone_node(name: str, work: Step[Any] | Router[Any], branches: Mapping[str, PlanNode]) -> str | None:
+def lone_node(name: str, work: Step[Any] | Router[Any], inner: Iterable[PlanNode]) -> str | None:
     """Say which node, this one or one inside it, has to see each request by itself, and why; None without one."""
     if isinstance(work, Router) and work.decides_by_request:
         return f"router '{name}' decides for each request, and joined ones cannot be told apart; batch the nodes behind it"
     if isinstance(work, Step) and work.sees_requests:
         return f"step '{name}' writes each request by itself, and joined ones cannot be told apart; batch the nodes around it"
-    inside = (lone_node(branch.name, branch.work, branch.branches) for branch in branches.values())
+    inside = (lone_node(node.name, node.work, node.inside) for node in inner)
     return next((found for found in inside if found is not None), None)
+
+
+def _shortest(*limits: float | None) -> float | None:
+    return min((seconds for seconds in limits if seconds is not None), default=None)
 
 
 def _impurity(work: Step[Any] | Router[Any]) -> str | None:

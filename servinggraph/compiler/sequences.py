@@ -10,7 +10,7 @@ from servinggraph.plan import PlanNode
 from servinggraph.spec import GraphSpec, Source
 from servinggraph.spec.source import KeyPath
 
-__all__ = ["sequence_problems"]
+__all__ = ["keeper", "sequence_problems"]
 
 
 def sequence_problems(
@@ -40,13 +40,16 @@ def sequence_problems(
         text = "'sequences' are named by a request's parameters, which one with a free-form body has not: declare tensors"
         problems.append(source.problem(text, ("sequences",)))
     for name, node in nodes.items():
-        if spec.batch is not None and (keeper := _keeper(node)):
-            text = f"'batch' for whole requests cannot go around node '{keeper}', which keeps state: batch that node itself"
+        if spec.batch is not None and (found := keeper(node)):
+            text = f"'batch' for whole requests cannot go around node '{found}', which keeps state: batch that node itself"
             problems.append(source.problem(text, ("batch",)))
         waiting: list[tuple[KeyPath, PlanNode]] = [(("nodes", name), node)]
         while waiting:
             place, outer = waiting.pop()
-            inside = [(keeper, short) for short, branch in outer.branches.items() if (keeper := _keeper(branch))]
+            inside = [(found, short) for short, branch in outer.branches.items() if (found := keeper(branch))]
+            if outer.graph is not None and outer.batch not in (None, False) and (found := keeper(outer)):
+                text = f"'batch' of a graph cannot go around '{found}', which keeps state: batch that node itself"
+                problems.append(source.problem(text, (*place, "batch"), outer.name))
             if inside and isinstance(outer.work, Router) and outer.work.detached:
                 text = (
                     f"runs branches for requests that are answered already, and '{inside[0][0]}' keeps state for a sequence, "
@@ -61,16 +64,16 @@ def sequence_problems(
     for name in order:
         before = next((generator[giver] for giver in sources[name] if giver in generator), None)
         step = nodes.get(name)
-        if before is not None and step is not None and (keeper := _keeper(step)):
-            text = f"'{keeper}' keeps state and comes after '{before}', a generator: keep the state in front of it, or in it"
+        if before is not None and step is not None and (found := keeper(step)):
+            text = f"'{found}' keeps state and comes after '{before}', a generator: keep the state in front of it, or in it"
             problems.append(source.problem(text, ("nodes", name), name))
         if before is not None or (step is not None and step.streams):
             generator[name] = before or name
     return problems
 
 
-def _keeper(node: PlanNode) -> str | None:
-    """Return the name of a node, of this one and its branches, that keeps state."""
-    if isinstance(node.work, Step):
-        return node.name if node.work.keeps_state else None
-    return next((keeper for branch in node.branches.values() if (keeper := _keeper(branch))), None)
+def keeper(node: PlanNode) -> str | None:
+    """Return the name of a node, of this one and those in it, that keeps state."""
+    if isinstance(node.work, Step) and node.work.keeps_state:
+        return node.name
+    return next((found for inner in node.inside if (found := keeper(inner))), None)

@@ -86,7 +86,7 @@ def stream_problems(
     # The generators that each node comes after, itself included, in order.
     behind: dict[str, tuple[str, ...]] = {INPUTS: ()}
     for name in order:
-        longest = max((behind[predecessor] for predecessor in sources[name]), key=len)
+        longest = max((behind[predecessor] for predecessor in sources[name]), key=len, default=())
         for predecessor in sources[name]:
             chain = behind[predecessor]
             if chain != longest[: len(chain)]:

@@ -14,6 +14,7 @@ from servinggraph.context import Context, Meter
 from servinggraph.errors import ServingGraphError, StepFailed, Unsupported
 from servinggraph.executor.bodies import entered, entrance
 from servinggraph.executor.cache import ResponseCache, cached
+from servinggraph.executor.nested import nested_operation
 from servinggraph.executor.streams import END, Streaming
 from servinggraph.executor.stretches import named, run_plan
 from servinggraph.executor.wiring import (
@@ -224,7 +225,11 @@ class Executor:
             assert isinstance(node.work, Step)
             return counting(node.work, self._meter_of(node.name))  # what else its definition asks for is done to each item
         statistics = self.statistics.nodes[node.name]
-        if isinstance(node.work, Router):
+        if node.graph is not None:
+            operations = {inner.name: self._operation(inner, policies) for inner in node.graph.nodes}
+            whole = run_plan(node.graph.nodes, operations, node.graph.answer, self.statistics.nodes)
+            operation = self._batched(nested_operation(node.graph, whole), node, policies[node.name])
+        elif isinstance(node.work, Router):
             branches = {short: self._branch(branch, policies) for short, branch in node.branches.items()}
             if isinstance(node.work, Selector) and type(node.work).route is Selector.route:
                 operation = selector_operation(node.work, branches, self._loop)
@@ -232,15 +237,18 @@ class Executor:
                 operation = observer_operation(node.work, branches, self._loop)
             else:
                 operation = router_operation(node.work, {short: self._handler(branch) for short, branch in branches.items()})
-            policy = BatchPolicy() if node.batch is True else node.batch or None
-            if policy is not None:
-                batcher = Batcher(operation, policy, node.name, None, statistics)
-                self.batchers[node.name] = batcher
-                operation = batcher.operation()
+            operation = self._batched(operation, node, BatchPolicy() if node.batch is True else node.batch or None)
         else:
             operation = counting(node.work, self._meter_of(node.name))
             operation = step_operation(node, operation, node.work, policies[node.name], self.batchers, statistics)
         return wrapped(node, operation, statistics, self._kept(node.name, node.cache, statistics))
+
+    def _batched(self, operation: Operation, node: PlanNode, policy: BatchPolicy | None) -> Operation:
+        """Return the operation of a node that is no single step, batched if there is a policy."""
+        if policy is None:
+            return operation
+        batcher = self.batchers[node.name] = Batcher(operation, policy, node.name, None, self.statistics.nodes[node.name])
+        return batcher.operation()
 
     def _kept(self, name: str, policy: CachePolicy | None, statistics: NodeStatistics) -> Callable[[Operation], Operation]:
         """Return what puts the cache that a policy asks for in front of an operation."""

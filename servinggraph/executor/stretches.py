@@ -351,7 +351,8 @@ def _collector(node: PlanNode, numbers: list[int], forks: list[bool]) -> Callabl
         if forks[only]:
             return lambda results: unshared(results[only])
         return lambda results: results[only]
-    pairs = list(zip(node.sources, numbers, strict=True))
+    # In a graph that is a node of another the nodes go by their own names, too.
+    pairs = [(source.rpartition(".")[2], number) for source, number in zip(node.sources, numbers, strict=True)]
 
     def collect(results: list[Any]) -> dict[str, Any]:
         merged: dict[str, Any] = {}

@@ -33,6 +33,7 @@ class Source:
         problems: what reading found that does not stand in the way of looking for more.
         environment: values for `${NAME}`; None for the process environment.
         expansion: what `expanded` found; empty before.
+        inside: files of the graphs that this one is a node of, outermost first, each as it is and as it was given.
     """
 
     document: dict[str, Any]
@@ -43,6 +44,7 @@ class Source:
     problems: list[Problem] = field(default_factory=list)
     environment: Mapping[str, str] | None = None
     expansion: Expansion = field(default_factory=Expansion)
+    inside: tuple[tuple[Path, str], ...] = ()
 
     def expanded(self) -> dict[str, Any]:
         """Return the definition with values of the environment instead of the references to them.
@@ -67,13 +69,16 @@ class Source:
         return Problem(message, node, self.file, line)
 
 
-def read_file(path: Path, overrides: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> Source:
+def read_file(
+    path: Path, overrides: Sequence[str] = (), environment: Mapping[str, str] | None = None, shown: str | None = None
+) -> Source:
     """Read a graph file.
 
     Args:
         path: the YAML file.
         overrides: `dotted.key=value` texts, the value in YAML.
         environment: values for `${NAME}`; the process environment by default.
+        shown: the path as errors have it; by default as it is.
 
     Raises:
         GraphInvalid: unreadable, not YAML, duplicate keys, overrides of nothing.
@@ -84,7 +89,7 @@ def read_file(path: Path, overrides: Sequence[str] = (), environment: Mapping[st
         raise GraphInvalid([Problem(f"there is no file '{path}'")]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise GraphInvalid([Problem(f"cannot read '{path}': {error}")]) from error
-    return read_text(text, str(path), path.resolve().parent, overrides, environment)
+    return read_text(text, shown or str(path), path.resolve().parent, overrides, environment)
 
 
 def read_text(

@@ -8,7 +8,17 @@ from typing import Any
 
 from servinggraph.interfaces import NodeSketch
 
-__all__ = ["V2", "Onnx", "Publish", "Python", "Queue", "Rest"]
+__all__ = ["V2", "Graph", "Onnx", "Publish", "Python", "Queue", "Rest"]
+
+
+def Graph(path: str | os.PathLike[str], **options: Any) -> NodeSketch:  # noqa: N802  (reads as the kind that it makes)
+    """Return a node for the builder that stands for a graph from a file.
+
+    Args:
+        path: the file; a relative path starts from the working directory.
+        options: keys of any node: `batch`, `timeout_ms`, `rename`, ...
+    """
+    return NodeSketch("step", "graph", {"path": str(path), **options})
 
 
 def Onnx(path: str | os.PathLike[str], **options: Any) -> NodeSketch:  # noqa: N802  (reads as the kind that it makes)

@@ -227,6 +227,10 @@ CASES = {
     "not YAML": ("graph: g\n  inputs: [\n", ["g.yaml:2: not valid YAML: mapping values are not allowed here"]),
     "not a mapping": ("- a\n- b\n", ["g.yaml:1: expected a mapping with 'graph:', 'inputs:' and 'nodes:', got a list"]),
     "empty": ("", ["g.yaml:1: the file is empty"]),
+    "a node after nothing that is there": (
+        HEAD + "  a: {step: python, call: broken_graph_steps:clean, after: b}\nanswer: a\n",
+        ["g.yaml:5: node 'a': 'after' names 'b', which is no node"],
+    ),
     "a variable that is not set": (
         "graph: ${NO_SUCH_VARIABLE_HERE}\n",
         ["g.yaml:1: environment variable NO_SUCH_VARIABLE_HERE is not set; set it or write ${NO_SUCH_VARIABLE_HERE:-default}"],
