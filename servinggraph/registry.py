@@ -16,7 +16,9 @@ from servinggraph.importing import ImportProblem, load_object
 __all__ = ["PROTOCOLS", "ROUTERS", "STEPS", "kinds", "load_kind"]
 
 STEPS: Final[Mapping[str, str]] = {
+    "callback": "servinggraph.steps.sinks:Callback",
     "graph": "servinggraph.steps.graph:SubGraph",
+    "jsonl": "servinggraph.steps.sinks:Jsonl",
     "onnx": "servinggraph.steps.onnx:Onnx",
     "publish": "servinggraph.steps.topics:Publish",
     "python": "servinggraph.steps.python:Python",

@@ -8,7 +8,7 @@ from typing import Any
 
 from servinggraph.interfaces import NodeSketch
 
-__all__ = ["V2", "Graph", "Onnx", "Publish", "Python", "Queue", "Rest"]
+__all__ = ["V2", "Callback", "Graph", "Jsonl", "Onnx", "Publish", "Python", "Queue", "Rest"]
 
 
 def Graph(path: str | os.PathLike[str], **options: Any) -> NodeSketch:  # noqa: N802  (reads as the kind that it makes)
@@ -19,6 +19,9 @@ def Graph(path: str | os.PathLike[str], **options: Any) -> NodeSketch:  # noqa: 
         options: keys of any node: `batch`, `timeout_ms`, `rename`, ...
     """
     return NodeSketch("step", "graph", {"path": str(path), **options})
+
+
+__all__ = ["V2", "Callback", "Jsonl", "Onnx", "Publish", "Python", "Queue", "Rest"]
 
 
 def Onnx(path: str | os.PathLike[str], **options: Any) -> NodeSketch:  # noqa: N802  (reads as the kind that it makes)
@@ -86,3 +89,23 @@ def Queue(topic: str, brokers: str, **options: Any) -> NodeSketch:  # noqa: N802
         options: keys of the `queue` step and of any node: `key`, `format`, `graph`, ...
     """
     return NodeSketch("step", "queue", {"topic": topic, "brokers": brokers, **options})
+
+
+def Jsonl(path: str | os.PathLike[str], **options: Any) -> NodeSketch:  # noqa: N802
+    """Return a step for the builder that appends a line to a file for each request.
+
+    Args:
+        path: the file; relative paths start from the working directory.
+        options: keys of the `jsonl` step and of any node: `on_failure`, `max_bytes`, ...
+    """
+    return NodeSketch("step", "jsonl", {"path": str(path), **options})
+
+
+def Callback(url: str | None = None, **options: Any) -> NodeSketch:  # noqa: N802
+    """Return a step for the builder that tells somebody of each request, by an HTTP request.
+
+    Args:
+        url: where callbacks go; or give `url_header` and `allow`.
+        options: keys of the `callback` step and of any node: `headers`, `on_failure`, `attempts`, ...
+    """
+    return NodeSketch("step", "callback", {**({} if url is None else {"url": url}), **options})

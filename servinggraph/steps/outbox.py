@@ -54,9 +54,9 @@ class Outbox(Generic[T]):
             item, context = await self._items.get()
             try:
                 outcome = await self._begin(item)
-            except ServingGraphError as error:
+            except Exception as error:
                 self._open -= 1
-                self._drop(context, error.message)
+                self._drop(context, _reason(error))
                 continue
             waiting = self._loop.create_task(self._wait(outcome, context))
             self._outcomes.add(waiting)
@@ -65,8 +65,8 @@ class Outbox(Generic[T]):
     async def _wait(self, outcome: Awaitable[object], context: Context) -> None:
         try:
             await outcome
-        except ServingGraphError as error:
-            self._drop(context, error.message)
+        except Exception as error:
+            self._drop(context, _reason(error))
         finally:
             self._open -= 1
 
@@ -88,3 +88,7 @@ class Outbox(Generic[T]):
             task.cancel()
         if self._open:
             logger.warning("node '%s': stopped with %d not delivered", self._node, self._open)
+
+
+def _reason(error: Exception) -> str:
+    return error.message if isinstance(error, ServingGraphError) else f"{type(error).__name__}: {error}"
