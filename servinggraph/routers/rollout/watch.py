@@ -71,14 +71,10 @@ class Watch(ABC):
         """Count samples anew: the challenger's share has changed. The evidence is kept."""
         limits = self._limits
         self._window = SlidingCounts((2, self.columns), limits.window_s, limits.min_samples, now)
-        self._window_ends = now + limits.window_s
         self.evidence.restart_estimate()
 
     def take(self, phase: Phase, now: float) -> None:
         """Evaluate what a phase has brought since the last time."""
-        if now >= self._window_ends:
-            self._window_ends = now + self._limits.window_s
-            self.evidence.join()
         centre = self._centre()
         mine, counts = self._seen(phase.challenger)
         other, others = self._seen(phase.baseline)
