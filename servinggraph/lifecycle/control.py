@@ -51,11 +51,15 @@ class RouterSeat:
     def changed(self, who: str, why: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
         self.router.revision += 1
         self._control.audit.record(self.place, who, why, before, after, self.router.revision)
-        self.keep(after_s=0)
+        self._save_after(0)
 
-    def keep(self, after_s: float = SAVE_EVERY_S) -> None:
-        if self._store is None or (self._sharing is not None and after_s):
-            return  # what is shared is exchanged, and a document of this worker's would undo another's change
+    def keep(self) -> None:
+        if self._sharing is None:  # what is shared is exchanged, and this worker's document would undo another's change
+            self._save_after(SAVE_EVERY_S)
+
+    def _save_after(self, after_s: float) -> None:
+        if self._store is None:
+            return
         if self._timer is not None:
             if after_s:
                 return
@@ -72,6 +76,7 @@ class RouterSeat:
         await self.router.start(self)
         if place is None:
             return
+        store: StateStore | None = None
         try:
             store = open_store(place, self.router.base)
             remembered = await self._control.remembered(self, store)
@@ -83,12 +88,17 @@ class RouterSeat:
                 sharing = Sharing(self.router, store, self.key)
                 await sharing.start()
                 self._sharing = sharing
+            self._store = store
         except StateFailed as error:
             raise StepFailed(str(error)).at(self.router.name) from error
         except InvalidRequest as error:
             text = f"its saved state does not fit the graph any more: {error.message}; remove it to begin anew"
             raise StepFailed(text).at(self.router.name) from error
-        self._store = store
+        finally:
+            if self._store is None:  # it did not start, and nobody is to ask it for its state
+                self._control.leave(self)
+                if store is not None:
+                    store.close()
 
     def let_go(self) -> None:
         """Have the router end what no caller waits for; it is stopped soon."""
@@ -120,7 +130,7 @@ class RouterSeat:
     def _save_soon(self) -> None:
         self._timer = None
         if self._saving is not None and not self._saving.done():
-            self.keep()  # one at a time: the next one has it all
+            self._save_after(SAVE_EVERY_S)  # one at a time: the next one has it all
             return
         self._saving = self._loop.create_task(self._save())
 

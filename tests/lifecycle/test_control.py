@@ -128,6 +128,27 @@ def test_saved_state_that_does_not_fit_any_more_is_said_at_the_load(run, tmp_pat
     run(check())
 
 
+def test_a_load_that_failed_takes_no_part_in_the_next_one(run, tmp_path):
+    path = tmp_path / "state.json"
+    text = json.dumps({"g/1/test": {"weights": {"a": 3, "b": 4}, "revision": 5}})
+    path.write_text(text)
+
+    async def check():
+        control = Control()
+        graph = Graph("g", {"x": ("FP32", [-1])})
+        other = graph.to(routers.Ab({"a": a}, {"a": 1}, state=str(path)), "test").respond().compile()
+        with pytest.raises(StepFailed, match="'b', which is no branch"):
+            await Catalog(control).load([other])
+        catalog = Catalog(control)
+        await catalog.load([a_plan(state=str(path))])
+        router = catalog.get("g").seats["test"].router
+        assert ({"weights": {"a": 3, "b": 4}}, 5) == (router.settings(), router.revision)
+        await catalog.stop()
+        assert json.loads(text) == json.loads(path.read_text())
+
+    run(check())
+
+
 @pytest.mark.parametrize("kind", ["ab", "bandit"])
 def test_feedback_finds_its_request_also_when_the_graph_was_loaded_anew_meanwhile(run, tmp_path, kind):
     def plan():
