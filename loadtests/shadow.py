@@ -81,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "versions": conditions.versions("ours"),
         "load": f"{options.rate:g} requests a second at random moments, one row each, {CONNECTIONS} connections; "
         f"{options.rounds} rounds of {options.seconds:g} s for each server",
+        "priority": f"nice {os.getpriority(os.PRIO_PROCESS, 0)}",
         "load average before and after": ", ".join(loads),
         "cores that others used meanwhile": f"median {median(o for rounds in samples.values() for _, o, _ in rounds):.2f}",
     }

@@ -210,7 +210,7 @@ class Lane:
         if now < self._rests_until:
             while self._waiting:
                 self._drop(self._waiting.popleft(), "max_loop_share")
-        if not self._waiting or self.running >= self._options.concurrency:
+        if not self._waiting:
             return
         self.running += 1
         task = self._loop.create_task(self._run(self._waiting.popleft()))
