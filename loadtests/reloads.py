@@ -91,7 +91,7 @@ async def reload(serving: Serving, folder: Path, reloads: int, counts: Counts, t
     refused = 0
     for number in range(1, reloads + 1):
         due = total - total * number // (reloads + 1)
-        while counts.left > due:  # noqa: ASYNC110  (an event would be set by the part that is measured)
+        while counts.left > due:
             await asyncio.sleep(0.001)
         if number == reloads // 2:
             write(folder, number + 1)

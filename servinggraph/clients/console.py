@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import orjson
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError
 
-from servinggraph.clients.topics import failure_text, partitions_of
+from servinggraph.clients.topics import failure_text, partitions_of, reader
 from servinggraph.errors import Unavailable
 from servinggraph.kafka import ConnectionOptions
 
@@ -47,13 +47,7 @@ async def read_records(connection: ConnectionOptions, topic: str, *, from_start:
     Raises:
         Unavailable: the topic cannot be read.
     """
-    consumer = AIOKafkaConsumer(
-        **connection.client_settings(),
-        enable_auto_commit=False,
-        isolation_level="read_committed",
-        auto_offset_reset="earliest",
-        check_crcs=False,  # the development broker's markers of transactions have none
-    )
+    consumer = reader(connection)
     try:
         await consumer.start()
         places = [TopicPartition(topic, number) for number in await partitions_of(connection, topic)]

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Final, Self
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError
 
 from servinggraph.clients.marks import Marks, read_marks
-from servinggraph.clients.topics import failure_text, partitions_of
+from servinggraph.clients.topics import failure_text, partitions_of, reader
 from servinggraph.errors import Unavailable
 from servinggraph.kafka import ConnectionOptions, headers as names
 
@@ -193,13 +193,7 @@ async def _producing(group: str | None, connection: ConnectionOptions) -> AsyncI
 
 async def _batches(connection: ConnectionOptions, marks: Mapping[TopicPartition, Marks]) -> AsyncIterator[list[Any]]:
     """Give the letters from the marks to the present end, some at a time, each partition's in their order."""
-    consumer = AIOKafkaConsumer(
-        **connection.client_settings(),
-        enable_auto_commit=False,
-        isolation_level="read_committed",
-        auto_offset_reset="earliest",
-        check_crcs=False,  # the development broker's markers of transactions have none
-    )
+    consumer = reader(connection)
     try:
         await consumer.start()
         consumer.assign(list(marks))

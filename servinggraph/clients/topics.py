@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
 from servinggraph.errors import Unavailable
 from servinggraph.kafka import ConnectionOptions
 
-__all__ = ["failure_text", "partitions_of"]
+__all__ = ["failure_text", "partitions_of", "reader"]
 
 
 async def partitions_of(connection: ConnectionOptions, topic: str) -> list[int]:
@@ -36,3 +37,14 @@ async def partitions_of(connection: ConnectionOptions, topic: str) -> list[int]:
 def failure_text(error: BaseException) -> str:
     """Return a Kafka error's name and text; many have no text of their own."""
     return f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
+def reader(connection: ConnectionOptions) -> AIOKafkaConsumer:
+    """Return a consumer without a group, not started: it reads what is committed, and changes nothing."""
+    return AIOKafkaConsumer(
+        **connection.client_settings(),
+        enable_auto_commit=False,
+        isolation_level="read_committed",
+        auto_offset_reset="earliest",
+        check_crcs=False,  # the development broker's markers of transactions have none
+    )

@@ -9,10 +9,11 @@ from typing import Any, Final, Literal
 from pydantic import Field
 
 from servinggraph.context import Context
-from servinggraph.interfaces import BatchPolicy, Operation, Step
+from servinggraph.interfaces import Operation
 from servinggraph.steps.outbox import Outbox
+from servinggraph.steps.remote.calls import close_on
 from servinggraph.steps.topics.encoding import Format, encode
-from servinggraph.steps.topics.writer import Record, TopicOptions, TopicWriter, check_security, record_headers
+from servinggraph.steps.topics.writer import Record, TopicOptions, TopicStep, TopicWriter, record_headers
 from servinggraph.tensors import Signature
 
 __all__ = ["Publish", "PublishOptions"]
@@ -36,25 +37,20 @@ class PublishOptions(TopicOptions):
     max_waiting: int = Field(1000, ge=1, description="With `drop`, most records that wait to be written; one more is dropped.")
 
 
-class Publish(Step[PublishOptions]):
+class Publish(TopicStep[PublishOptions]):
     """Writes a record of each request's value, and passes the value on as it is."""
 
     options_type = PublishOptions
     passes_on = True
-    sees_requests = True
     _writer: TopicWriter | None = None
     _outbox: Outbox[Record] | None = None
 
     def prepare(self) -> Signature:
         return Signature()
 
-    def load(self, batch: BatchPolicy | bool | None) -> BatchPolicy | None:
-        check_security(self.options)
-        return None
-
     def operation(self) -> Operation:
         self._loop = asyncio.get_running_loop()
-        self._writer = writer = TopicWriter(self.options)
+        self._writer = writer = self.writer()
         options = self.options
 
         def record(value: Any, context: Context) -> Record:
@@ -89,11 +85,5 @@ class Publish(Step[PublishOptions]):
             if writer is not None:
                 await writer.close()
 
-        if writer is not None:  # called in a thread: what was made on the event loop ends there
-            asyncio.run_coroutine_threadsafe(close(), self._loop).result(2 * _PATIENCE_S)
-
-    def impurity(self) -> str | None:
-        return "writes to a topic"
-
-    def describe(self) -> str:
-        return f"publish to {self.options.topic}"
+        if writer is not None:
+            close_on(self._loop, close())

@@ -10,15 +10,15 @@ import numpy as np
 from pydantic import Field
 
 from servinggraph.context import Context
-from servinggraph.interfaces import BatchPolicy, Operation, Step
+from servinggraph.interfaces import Operation
 from servinggraph.kafka import headers as names
+from servinggraph.steps.remote.calls import close_on
 from servinggraph.steps.topics.encoding import Format, encode
-from servinggraph.steps.topics.writer import Record, TopicOptions, TopicWriter, check_security, record_headers
+from servinggraph.steps.topics.writer import Record, TopicOptions, TopicStep, TopicWriter, record_headers
 from servinggraph.tensors import Signature, TensorSpec
 
 __all__ = ["Queue", "QueueOptions"]
 
-_PATIENCE_S: Final = 10.0
 _OUTPUTS: Final = {
     "id": TensorSpec("BYTES", (1,)),
     "topic": TensorSpec("BYTES", (1,)),
@@ -38,7 +38,7 @@ class QueueOptions(TopicOptions):
     graph: str | None = Field(None, description="Graph that the requests are for, where several read the topic.")
 
 
-class Queue(Step[QueueOptions]):
+class Queue(TopicStep[QueueOptions]):
     """Writes each request's value as a request for the next stage, and answers with an acknowledgement.
 
     It says where the request lies (`id`, `topic`, `partition`, `offset`), and is given once all replicas have it. The next
@@ -47,19 +47,14 @@ class Queue(Step[QueueOptions]):
     """
 
     options_type = QueueOptions
-    sees_requests = True
     _writer: TopicWriter | None = None
 
     def prepare(self) -> Signature:
         return Signature(None, _OUTPUTS)
 
-    def load(self, batch: BatchPolicy | bool | None) -> BatchPolicy | None:
-        check_security(self.options)
-        return None
-
     def operation(self) -> Operation:
         self._loop = asyncio.get_running_loop()
-        self._writer = writer = TopicWriter(self.options)
+        self._writer = writer = self.writer()
         options = self.options
         topic = _bytes(options.topic)
         fixed = {names.GRAPH: options.graph.encode()} if options.graph else {}
@@ -80,14 +75,8 @@ class Queue(Step[QueueOptions]):
 
     def unload(self) -> None:
         writer, self._writer = self._writer, None
-        if writer is not None:  # called in a thread: what was made on the event loop ends there
-            asyncio.run_coroutine_threadsafe(writer.close(), self._loop).result(_PATIENCE_S)
-
-    def impurity(self) -> str | None:
-        return "writes to a topic"
-
-    def describe(self) -> str:
-        return f"queue {self.options.topic}"
+        if writer is not None:
+            close_on(self._loop, writer.close())
 
 
 def _bytes(text: str) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordTooLargeError
@@ -13,10 +13,11 @@ from pydantic import Field, field_validator
 from servinggraph.context import Context
 from servinggraph.errors import ServingGraphError, StepFailed, Unavailable
 from servinggraph.importing import ImportProblem
+from servinggraph.interfaces import BatchPolicy, Step
 from servinggraph.kafka import ConnectionOptions, headers as names
 from servinggraph.routers.selection.keys import key_reader
 
-__all__ = ["Record", "TopicOptions", "TopicWriter", "record_headers"]
+__all__ = ["Record", "TopicOptions", "TopicStep", "TopicWriter", "record_headers"]
 
 
 class Record(NamedTuple):
@@ -54,11 +55,20 @@ class TopicOptions(ConnectionOptions):
         return key
 
 
-class TopicWriter:
-    """Writes to one topic, idempotently and to all replicas. To be made on the event loop."""
+TopicOptionsT = TypeVar("TopicOptionsT", bound=TopicOptions)
 
-    def __init__(self, options: TopicOptions) -> None:
+
+class TopicWriter:
+    """Writes to one topic, idempotently and to all replicas. To be made on the event loop.
+
+    Args:
+        options: which topic, and how.
+        conceal: puts references in place of what came from the environment, in a text for people.
+    """
+
+    def __init__(self, options: TopicOptions, conceal: Callable[[str], str] = str) -> None:
         self._options = options
+        self._conceal = conceal
         self._key = None if options.key == "none" else key_reader(options.key)
         self._producer: Any = None
         self._connecting = asyncio.Lock()
@@ -103,7 +113,7 @@ class TopicWriter:
             raise self._failure(error, 0) from error
 
     def _failure(self, error: BaseException, size: int) -> ServingGraphError:
-        topic = self._options.topic
+        topic = self._conceal(self._options.topic)
         if isinstance(error, MessageSizeTooLargeError | RecordTooLargeError):
             return StepFailed(
                 f"topic '{topic}' does not take a record of this size{f' ({size} bytes)' if size else ''}: "
@@ -112,7 +122,7 @@ class TopicWriter:
         text = f"{type(error).__name__}: {error}".removesuffix(": ")
         if isinstance(error, TimeoutError):
             text = f"no word within {self._options.write_timeout_ms} ms; is there such a topic, and do its brokers live?"
-        return Unavailable(f"not written to topic '{topic}' at {self._options.brokers}: {text}")
+        return Unavailable(f"not written to topic '{topic}' at {self._conceal(self._options.brokers)}: {text}")
 
     async def _connected(self) -> Any:
         async with self._connecting:
@@ -152,13 +162,24 @@ def record_headers(context: Context, id: str, wanted: list[str], own: Mapping[st
     return {**passed, **({names.REQUEST_ID: id.encode()} if id else {}), **own}
 
 
-def check_security(options: TopicOptions) -> None:
-    """Read certificates and find what the options name.
+class TopicStep(Step[TopicOptionsT]):
+    """What the steps that write to a topic have in common: each request is a record of its own."""
 
-    Raises:
-        StepFailed: something is not there.
-    """
-    try:
-        options.client_settings()
-    except (OSError, ImportProblem) as error:
-        raise StepFailed(f"'security' of topic '{options.topic}': {error}") from error
+    sees_requests = True
+
+    def load(self, batch: BatchPolicy | bool | None) -> BatchPolicy | None:
+        try:
+            self.options.client_settings()  # reads certificates, and finds what the options name
+        except (OSError, ImportProblem) as error:
+            raise StepFailed(f"'security' of topic '{self.conceal(self.options.topic)}': {error}") from error
+        return None
+
+    def writer(self) -> TopicWriter:
+        """Return what writes to the topic; called on the event loop."""
+        return TopicWriter(self.options, self.conceal)
+
+    def impurity(self) -> str | None:
+        return "writes to a topic"
+
+    def describe(self) -> str:
+        return f"{type(self).__name__.lower()} to topic {self.conceal(self.options.topic)}"
