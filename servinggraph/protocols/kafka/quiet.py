@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-__all__ = ["quiet_aiokafka"]
+__all__ = ["last_words", "quiet_aiokafka"]
 
 logger = logging.getLogger("servinggraph.kafka.client")
 
@@ -15,15 +15,28 @@ class _Gate(logging.Handler):
     A broker that is away for a minute is a thousand lines of aiokafka otherwise.
     """
 
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.last = ""
+
     def emit(self, record: logging.LogRecord) -> None:
+        self.last = record.getMessage()
         level = record.levelno if record.exc_info else logging.DEBUG
         logger.log(level, "%s", record.getMessage(), exc_info=record.exc_info)
+
+
+_gate = _Gate()
+
+
+def last_words() -> str:
+    """Return what aiokafka logged last: it does not say in its errors why it cannot connect."""
+    return _gate.last
 
 
 def quiet_aiokafka() -> None:
     """Take aiokafka's log lines through the gate; whoever sets its logger's level has all of them from there on."""
     theirs = logging.getLogger("aiokafka")
     if theirs.level == logging.NOTSET:
-        theirs.addHandler(_Gate(logging.WARNING))
+        theirs.addHandler(_gate)
         theirs.setLevel(logging.WARNING)
         theirs.propagate = False

@@ -18,6 +18,7 @@ from servinggraph.protocols.kafka.addressing import Addressing, size_of
 from servinggraph.protocols.kafka.clients import Clients, has_topic
 from servinggraph.protocols.kafka.delivery import NotWritten
 from servinggraph.protocols.kafka.exchange import Exchange
+from servinggraph.protocols.kafka.quiet import last_words
 from servinggraph.protocols.kafka.recent import Recent
 from servinggraph.protocols.kafka.records import Place
 from servinggraph.protocols.kafka.report import Counts
@@ -130,7 +131,9 @@ class Stream:
         if isinstance(error, NotWritten) and error.outgoing.dead:
             text = f"stopped, because dead letters cannot be written and none may be lost: {text}"
         known = isinstance(error, KafkaError | TopicMissing | NotWritten | OSError)
-        state = f"not connected to {self.clients.brokers}: {text}" if type(error).__name__ in _UNREACHABLE else text
+        state = text
+        if type(error).__name__ in _UNREACHABLE:
+            state = f"not connected to {self.clients.brokers}: {last_words() or text}"
         if state != self.state:
             level = logging.WARNING if known else logging.ERROR
             logger.log(level, "graph '%s', Kafka: %s; trying again", self.graph, state, exc_info=None if known else error)

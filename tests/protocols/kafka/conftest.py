@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import shutil
 import signal
@@ -40,6 +41,17 @@ def header(record: Any, name: str) -> str | None:
     """Return a header as text; None without it."""
     found = dict(record.headers).get(name)
     return None if found is None else found.decode()
+
+
+def broker_module() -> Any:
+    """Return `tests/kafka_broker.py`: tests are imported with importlib, which gives files of a folder no common package."""
+    if "kafka_broker" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("kafka_broker", Path(__file__).parents[2] / "kafka_broker.py")
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules["kafka_broker"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["kafka_broker"])
+    return sys.modules["kafka_broker"]
 
 
 async def until(condition: Any, what: str = "it never came true", patience_s: float = PATIENCE_S) -> Any:

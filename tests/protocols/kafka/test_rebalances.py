@@ -36,7 +36,7 @@ async def test_what_runs_when_partitions_go_to_another_member_is_finished_commit
         await kit.send(first.input, *requests(0, 60))
         await until(lambda: first.report["produced"] > 10)
         async with kit.serve(echo_slowly, kafka) as second:
-            assert 2 == len(first.report["partitions"]) == len(second.report["partitions"])
+            await until(lambda: 2 == len(first.report["partitions"]) == len(second.report["partitions"]))
             await kit.send(first.input, *requests(60, 120))
             answers = await kit.read(first.output, 120)
             assert second.report["produced"] > 0
@@ -92,11 +92,11 @@ async def test_a_member_with_a_name_comes_back_without_a_rebalance_for_the_other
     kafka = await kit.options(partitions=4, input={"member": "a", "session_timeout_ms": 6000})
     other = {**kafka, "input": {**kafka["input"], "member": "b"}}
     async with kit.serve(double, kafka) as first:
-        async with kit.serve(double, other):
-            await until(lambda: len(first.report["partitions"]) == 2)
+        async with kit.serve(double, other) as second:
+            await until(lambda: 2 == len(first.report["partitions"]) == len(second.report["partitions"]))
         before = first.report["rebalances"]
         async with kit.serve(double, other) as second:
-            assert 2 == len(first.report["partitions"]) == len(second.report["partitions"])
+            await until(lambda: len(second.report["partitions"]) == 2)
             assert before == first.report["rebalances"]
 
 
