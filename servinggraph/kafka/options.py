@@ -137,6 +137,10 @@ class InputOptions(Options):
     max_lag: int | None = Field(
         None, ge=0, description="Not ready while more records than this wait in this member's partitions; no limit by default."
     )
+    readiness: Literal["required", "ignored"] = Field(
+        "required",
+        description="Whether the server is ready only while this is read; `ignored` where HTTP is to be served without Kafka.",
+    )
     settings: dict[str, Any] = Field(default_factory=dict, description="Other arguments of aiokafka's AIOKafkaConsumer.")
 
 

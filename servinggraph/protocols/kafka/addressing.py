@@ -57,14 +57,16 @@ class Addressing:
             )
         return topic
 
-    def check(self, work: Work) -> None:
-        """Find out before a record is run whether its answer has somewhere to go.
+    def checked(self, work: Work) -> str:
+        """Return the topic that a record's answer goes to.
 
         Raises:
-            InvalidRequest: it has not.
+            InvalidRequest: there is none.
         """
-        if self.reply_to(work) is None:
+        topic = self.reply_to(work)
+        if topic is None:
             raise InvalidRequest(f"the record has no header '{names.REPLY_TOPIC}', and there is no output topic")
+        return topic
 
     def answer(self, work: Work, answer: Answer) -> Outgoing:
         """Return the record to write for an answer.
@@ -95,11 +97,13 @@ class Addressing:
             topic = self._output.topic
             asked = False
         else:
-            asked = names.REPLY_TOPIC in work.headers
+            asked = names.REPLY_TOPIC in work.headers and not work.no_reply
+            if work.no_reply:
+                topic = self._output.topic
         if self._dead is not None and not asked:
             return dead_letter(
                 work, error, self._dead, self._graph, self._exchange.version_of(work),
-                left_out=work.left_out or len(work.record.value or b"") > self._limit,
+                left_out=(work.verdict is not None and work.verdict.left_out) or len(work.record.value or b"") > self._limit,
             )  # fmt: skip
         assert topic is not None  # options with neither are refused
         text = str(error).encode("utf-8", "replace").decode()
@@ -126,10 +130,9 @@ class Addressing:
         return work.headers.get(names.REQUEST_ID) if self._output.key == "id" else None
 
     def _partition(self, work: Work) -> int | None:
+        """Return the partition that a request wants its reply in, which was checked; None for the key's."""
         text = work.headers.get(names.REPLY_PARTITION)
-        if text is None or names.REPLY_TOPIC not in work.headers:
-            return None
-        return int(text) if text.isdigit() and len(text) < 10 else None
+        return int(text) if text is not None and names.REPLY_TOPIC in work.headers and not work.no_reply else None
 
 
 def size_of(outgoing: Outgoing) -> int:

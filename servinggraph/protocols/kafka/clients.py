@@ -15,7 +15,7 @@ from aiokafka.errors import UnknownTopicOrPartitionError
 
 from servinggraph.kafka import KafkaOptions, development
 
-__all__ = ["Clients", "client_of", "closed", "has_topic"]
+__all__ = ["Clients", "client_of", "closed", "has_topic", "partitions_of"]
 
 _BATCH_BYTES: Final = 256 * 1024
 _SMALLEST_BATCH: Final = 1024
@@ -114,15 +114,14 @@ class Clients:
 async def closed(client: AIOKafkaConsumer | AIOKafkaProducer, timeout_s: float) -> bool:
     """Stop a client; False when that takes longer than it may, because the broker does not answer.
 
-    A producer that cannot write what it holds would try for ever: it is then cut off.
+    What a producer holds is dropped: whoever wants it written waits for that before. What is left is of a session that
+    failed, whose records are read again.
     """
+    sender = getattr(client, "_sender", None)
+    if sender is not None and sender.sender_task is not None:
+        sender.sender_task.cancel()
     stopping = asyncio.ensure_future(client.stop())
     done, _ = await asyncio.wait({stopping}, timeout=timeout_s)
-    if not done:
-        sender = getattr(client, "_sender", None)
-        if sender is not None and sender.sender_task is not None:
-            sender.sender_task.cancel()
-        await asyncio.wait({stopping}, timeout=1)
     if not stopping.done():
         stopping.cancel()
         await asyncio.wait({stopping}, timeout=1)
@@ -136,6 +135,12 @@ async def closed(client: AIOKafkaConsumer | AIOKafkaProducer, timeout_s: float) 
 def client_of(client: AIOKafkaConsumer | AIOKafkaProducer) -> Any:
     """Return the connections of a client."""
     return client._client if isinstance(client, AIOKafkaConsumer) else client.client  # noqa: SLF001
+
+
+def partitions_of(consumer: AIOKafkaConsumer, topic: str) -> set[int] | None:
+    """Return the partitions of a topic; None where nothing is known of it yet."""
+    found: set[int] | None = client_of(consumer).cluster.partitions_for_topic(topic)
+    return found
 
 
 async def has_topic(consumer: AIOKafkaConsumer, topic: str, timeout_s: float) -> bool:

@@ -92,9 +92,9 @@ class Delivery(ABC):
     async def assigned(self, partitions: Sequence[Partition]) -> None:
         """Make ready for partitions that this member owns from now on."""
 
-    async def taken(self, partition: Partition, offset: int) -> None:
-        """Note that a partition's records were read up to an offset, and are about to be run."""
-        return
+    async def taken(self, partition: Partition, offset: int) -> bool:
+        """Note that a partition's records were read up to an offset, and are about to be run; False when they may not be."""
+        return True
 
     @abstractmethod
     async def deliver(self, work: Work, outgoing: Outgoing) -> None:
@@ -261,10 +261,14 @@ class AtMostOnce(AtLeastOnce):
 
     runs_waiting = True
 
-    async def taken(self, partition: Partition, offset: int) -> None:
-        await self.consumer.commit({partition.place: offset + 1})
+    async def taken(self, partition: Partition, offset: int) -> bool:
+        try:
+            await self.consumer.commit({partition.place: offset + 1})
+        except (CommitFailedError, IllegalStateError):
+            return False  # the partition goes to another member, which reads them
         self.counts.commits += 1
         self.committed_at = self.loop.time()
+        return True
 
     def finish(self, work: Work) -> None:
         work.partition.offsets.finish(work.record.offset)

@@ -11,7 +11,7 @@ from servinggraph.lifecycle import ServedGraph
 from servinggraph.protocols.kafka.lanes import Lanes
 from servinggraph.protocols.kafka.offsets import Offsets
 
-__all__ = ["Outgoing", "Partition", "Place", "Record", "Result", "Work"]
+__all__ = ["Outgoing", "Partition", "Place", "Record", "Result", "Verdict", "Work"]
 
 
 class Place(NamedTuple):
@@ -80,6 +80,17 @@ class Partition:
         self.results: dict[int, Result] = {}
 
 
+class Verdict(NamedTuple):
+    """What an earlier session found out of a record: it is given up when it is read again."""
+
+    error: ServingGraphError
+    """What was wrong."""
+    left_out: bool = False
+    """True when its dead letter is to have no value, because that is too large."""
+    no_reply: bool = False
+    """True when whoever asked cannot be told."""
+
+
 class Work:
     """A record that was read, until what came of it is written.
 
@@ -95,7 +106,7 @@ class Work:
         cancel: undoes what is waited for: an attempt under way, or the pause before one; None when nothing is.
         graph: the graph that it is for; None until that is found.
         verdict: what is known to be wrong before it is tried; None for most.
-        left_out: True when its dead letter is to have no value, because that is too large.
+        no_reply: True when whoever asked cannot be told: the reply topic does not work.
     """
 
     __slots__ = (
@@ -105,7 +116,7 @@ class Work:
         "headers",
         "id",
         "lane",
-        "left_out",
+        "no_reply",
         "partition",
         "record",
         "size",
@@ -124,8 +135,8 @@ class Work:
         self.attempts = 0
         self.cancel: Callable[[], Any] | None = None
         self.graph: ServedGraph | None = None
-        self.verdict: ServingGraphError | None = None
-        self.left_out = False
+        self.verdict: Verdict | None = None
+        self.no_reply = False
 
     @property
     def place(self) -> Place:

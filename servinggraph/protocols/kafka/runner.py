@@ -7,12 +7,13 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from servinggraph.errors import DeadlineExceeded, ServingGraphError
+from servinggraph.errors import DeadlineExceeded, InvalidRequest, ServingGraphError
 from servinggraph.guards import backoff_s
-from servinggraph.kafka import KafkaOptions
+from servinggraph.kafka import KafkaOptions, headers as names
 from servinggraph.protocols.kafka.addressing import Addressing
 from servinggraph.protocols.kafka.exchange import Exchange
 from servinggraph.protocols.kafka.records import Outgoing, Record, Work
+from servinggraph.protocols.kafka.replies import ReplyTopics
 from servinggraph.protocols.kafka.report import Counts
 from servinggraph.protocols.kafka.status import Outcome, outcome_of
 
@@ -33,6 +34,7 @@ class Runner:
     Args:
         exchange: answers a record.
         addressing: says what is written because of it.
+        reply_topics: knows those that are there.
         options: the `kafka:` block.
         counts: what is counted.
         deliver: takes what is to be written; a record's lane is free once this has returned.
@@ -43,6 +45,7 @@ class Runner:
         self,
         exchange: Exchange,
         addressing: Addressing,
+        reply_topics: ReplyTopics,
         options: KafkaOptions,
         counts: Counts,
         deliver: Deliver,
@@ -50,6 +53,7 @@ class Runner:
     ) -> None:
         self._exchange = exchange
         self._addressing = addressing
+        self._reply_topics = reply_topics
         self._options = options
         self._counts = counts
         self._deliver = deliver
@@ -113,8 +117,9 @@ class Runner:
         work.attempts += 1
         try:
             if work.verdict is not None:
-                raise work.verdict
-            self._addressing.check(work)
+                work.no_reply = work.verdict.no_reply
+                raise work.verdict.error
+            await self._check_reply(work)
             answer = await self._exchange.answer(work)
             outgoing = self._addressing.answer(work, answer)
         except ServingGraphError as error:
@@ -127,6 +132,20 @@ class Runner:
             return
         await self._deliver(work, outgoing)
         self._leave_lane(work)
+
+    async def _check_reply(self, work: Work) -> None:
+        """Find out before a record is run whether its answer has somewhere to go.
+
+        Raises:
+            InvalidRequest: it has not.
+        """
+        topic = self._addressing.checked(work)
+        if names.REPLY_TOPIC in work.headers:
+            try:
+                await self._reply_topics.check(topic, work)
+            except InvalidRequest:
+                work.no_reply = True
+                raise
 
     def _leave_lane(self, work: Work) -> None:
         if work.lane is None or not work.partition.owned:

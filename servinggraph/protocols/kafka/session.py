@@ -13,14 +13,16 @@ from servinggraph.protocols.kafka.budget import Budget
 from servinggraph.protocols.kafka.clients import closed
 from servinggraph.protocols.kafka.cloudevents import ID
 from servinggraph.protocols.kafka.delivery import AtLeastOnce, AtMostOnce, Delivery
+from servinggraph.protocols.kafka.pulse import Fenced, Pulse
 from servinggraph.protocols.kafka.records import Outgoing, Partition, Record, Work
+from servinggraph.protocols.kafka.replies import ReplyTopics
 from servinggraph.protocols.kafka.runner import Runner
 from servinggraph.protocols.kafka.transactions import ExactlyOnce
 
 if TYPE_CHECKING:
     from servinggraph.protocols.kafka.stream import Stream
 
-__all__ = ["Fenced", "Session"]
+__all__ = ["Session"]
 
 _POLL_MS: Final = 500
 _CHUNK: Final = 500
@@ -33,8 +35,12 @@ _AHEAD: Final = 65_536
 """Most records of a partition that may be done behind one that is not, before its reading pauses."""
 
 
-class Fenced(Exception):
-    """This member was not heard of for so long that its partitions may belong to another by now."""
+async def _ended(task: asyncio.Future[Any]) -> None:
+    """End a task; what it raised was looked at, or does not matter any more."""
+    task.cancel()
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()
 
 
 class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has no types
@@ -53,14 +59,16 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
         self._room = asyncio.Event()
         self._settled = asyncio.Event()
         self._giving_up = asyncio.Lock()
-        self._alive_at = self._loop.time()
+        self._pulse = Pulse(self._options.input.session_timeout_ms / 1e3)
         self._usual_size = 1000.0
         self.joined = self._ended = False
         self.partitions: dict[TopicPartition, Partition] = {}
         self.budget = Budget(self._options.max_waiting, self._options.max_waiting_bytes)
         self.consumer: AIOKafkaConsumer = stream.clients.consumer()
         self.delivery = self._make_delivery()
-        self.runner = Runner(stream.exchange, stream.addressing, self._options, self._counts, self._deliver, self._fail)
+        self._reply_topics = ReplyTopics(self.consumer)
+        answering = stream.exchange, stream.addressing, self._reply_topics
+        self.runner = Runner(*answering, self._options, self._counts, self._deliver, self._fail)
 
     def _make_delivery(self) -> Delivery:
         kinds: Mapping[str, Any] = {"at_least_once": AtLeastOnce, "at_most_once": AtMostOnce, "exactly_once": ExactlyOnce}
@@ -75,39 +83,33 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
         Raises:
             Exception: what ended the session; all that was not committed is read again.
         """
-        polling: asyncio.Task[None] | None = None
         told = asyncio.ensure_future(stop.wait())
+        reading = self._loop.create_task(self._read(), name="kafka-read")
+        beating = self._loop.create_task(self._pulse.run(), name="kafka-pulse")
         try:
-            await self._open()
-            polling = self._loop.create_task(self._poll(), name="kafka-poll")
-            ends: set[asyncio.Future[Any]] = {polling, told, self._failed}
+            ends: set[asyncio.Future[Any]] = {reading, beating, told, self._failed}
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            if self._failed.done():
-                self._failed.result()
-            if polling.done():
-                polling.result()
-            await self._end(polling)
+            for ended in (self._failed, beating, reading):
+                if ended.done():
+                    ended.result()
+            await _ended(reading)
+            # In order: read no more, let what runs end, write, commit, leave the group.
+            await self._give_up(self._stream.stop_by - self._loop.time())
         finally:
-            told.cancel()
             self.joined = False
-            if polling is not None:
-                polling.cancel()
-                await asyncio.wait({polling})
-                if not polling.cancelled():
-                    polling.exception()
+            for task in (told, reading, beating):
+                await _ended(task)
             await self._close()
+
+    async def _read(self) -> None:
+        await self._open()
+        await self._poll()
 
     async def _open(self) -> None:
         await self.consumer.start()
         await self.delivery.start()
         await self._stream.check_topics(self.consumer)
         self.consumer.subscribe(self._options.input.topics, listener=self)
-
-    async def _end(self, polling: asyncio.Task[None]) -> None:
-        """Finish in order: read no more, let what runs end, write, commit, leave the group."""
-        polling.cancel()
-        await asyncio.wait({polling})
-        await self._give_up(self._stream.stop_by - self._loop.time())
 
     async def _close(self) -> None:
         for partition in self.partitions.values():
@@ -131,7 +133,6 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
         """Read while there is room; with none, keep the membership alive."""
         consumer = self.consumer
         while True:
-            self._still_alive()
             if self.budget.full:
                 await self._wait_for_room()
             read = await consumer.getmany(timeout_ms=_POLL_MS, max_records=self._most())
@@ -140,8 +141,7 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
                 if partition is None:  # a rebalance is under way: they are read again once it is known where from
                     consumer.seek(place, records[0].offset)
                     continue
-                await self.delivery.taken(partition, records[-1].offset)
-                if not partition.owned:
+                if not await self.delivery.taken(partition, records[-1].offset) or not partition.owned:
                     continue
                 for record in records:
                     self._take(partition, record)
@@ -164,7 +164,7 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
         self._counts.consumed += 1
         stream = self._stream
         if stream.verdicts:
-            work.verdict, work.left_out = stream.verdicts.pop(work.place, (None, False))
+            work.verdict = stream.verdicts.pop(work.place, None)
         if self._options.duplicates:
             work.id = work.headers.get(names.REQUEST_ID) or work.headers.get(ID) or b""
             if work.id and not stream.recent.begin(work.id):
@@ -186,7 +186,6 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
             try:
                 await asyncio.wait_for(self._room.wait(), _POLL_MS / 1e3)
             except TimeoutError:
-                self._still_alive()
                 self.consumer.pause(*self.consumer.assignment())
                 await self.consumer.getmany(timeout_ms=0)
         self._counts.paused_s += self._loop.time() - began
@@ -200,21 +199,8 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
         partition = self.partitions.get(place)
         return partition is None or len(partition.offsets) <= _AHEAD // 2
 
-    def _still_alive(self) -> None:
-        """Note that the event loop runs.
-
-        Raises:
-            Fenced: it stood still for longer than the group waits for a member.
-        """
-        now = self._loop.time()
-        if now - self._alive_at > self._options.input.session_timeout_ms / 1e3:
-            raise Fenced(f"this process stood still for {now - self._alive_at:.1f} s: the group has given its partitions away")
-        self._alive_at = now
-
     async def _deliver(self, work: Work, outgoing: Outgoing) -> None:
-        # Looked at here as well: what runs first after a standstill may be this.
-        if self._loop.time() - self._alive_at > self._options.input.session_timeout_ms / 1e3:
-            raise Fenced("this process stood still: the group has given its partitions away")
+        self._pulse.check()
         await self.delivery.deliver(work, outgoing)
 
     async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:

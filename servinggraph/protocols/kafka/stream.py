@@ -8,19 +8,18 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer
-from aiokafka.errors import KafkaError, MessageSizeTooLargeError, UnknownTopicOrPartitionError
+from aiokafka.errors import KafkaError
 
-from servinggraph.errors import RequestTooLarge, ServingGraphError
 from servinggraph.guards import backoff_s
 from servinggraph.kafka import KafkaOptions
 from servinggraph.lifecycle import Serving
-from servinggraph.protocols.kafka.addressing import Addressing, size_of
+from servinggraph.protocols.kafka.addressing import Addressing
 from servinggraph.protocols.kafka.clients import Clients, has_topic
 from servinggraph.protocols.kafka.delivery import NotWritten
 from servinggraph.protocols.kafka.exchange import Exchange
-from servinggraph.protocols.kafka.quiet import last_words
+from servinggraph.protocols.kafka.failures import TopicMissing, is_expected, verdict_on, words_for
 from servinggraph.protocols.kafka.recent import Recent
-from servinggraph.protocols.kafka.records import Place
+from servinggraph.protocols.kafka.records import Place, Verdict
 from servinggraph.protocols.kafka.report import Counts
 from servinggraph.protocols.kafka.session import Session
 
@@ -36,10 +35,6 @@ _LAG_S: Final = 2.0
 _VERDICTS: Final = 1000
 
 
-class TopicMissing(Exception):
-    """A topic that is needed is not there."""
-
-
 class Stream:
     """Serves one graph's topics.
 
@@ -48,8 +43,7 @@ class Stream:
         options: its `kafka:` block.
         counts: what happened since the start.
         state: what it does now, or why it does nothing, in words.
-        verdicts: records whose answers the broker does not take, to be given up when they are read again; True for those
-            whose dead letters it does not take either, with their values.
+        verdicts: records whose answers the broker does not take, to be given up when they are read again.
         recent: requests that were answered lately.
         stop_by: moment on the loop's clock by which a stop has to be over.
         lag: records that wait in this member's partitions, at the last look; None before the first.
@@ -69,7 +63,7 @@ class Stream:
         self.clients = Clients(options, graph, brokers)
         self.exchange = Exchange(serving, graph, options)
         self.addressing = Addressing(options, graph, self.exchange)
-        self.verdicts: dict[Place, tuple[ServingGraphError, bool]] = {}
+        self.verdicts: dict[Place, Verdict] = {}
         self.recent = Recent(options.duplicates)
         self.stop_by = 0.0
         self.lag: int | None = None
@@ -102,7 +96,7 @@ class Stream:
             except Exception as error:
                 failures = 1 if self._loop.time() - began > 2 * _MOST_S else failures + 1
                 pause = backoff_s(failures, _FIRST_S, _MOST_S, jitter=True)
-                self._failed(error, pause)
+                self._failed(error)
                 self.counts.reconnects += 1
                 try:
                     await asyncio.wait_for(self._stop.wait(), pause)
@@ -114,29 +108,18 @@ class Stream:
                     await asyncio.wait({watching})
         self.changed("stopped")
 
-    def _failed(self, error: Exception, pause_s: float) -> None:
+    def _failed(self, error: Exception) -> None:
         """Note why a session ended, with a line in the log where that is news."""
-        cause = error.__cause__
-        if isinstance(error, NotWritten) and isinstance(cause, MessageSizeTooLargeError):
-            # To be given up when it is read again, so that one record does not end session after session.
-            size = size_of(error.outgoing)
-            text = f"topic '{error.outgoing.topic}' takes no record of {size} bytes (its 'max.message.bytes')"
-            if not self.clients.smaller_batches(size):
-                self.verdicts[error.work.place] = RequestTooLarge(text), error.outgoing.dead
+        verdict = verdict_on(error, self.clients)
+        if verdict is not None and isinstance(error, NotWritten):
+            self.verdicts[error.work.place] = verdict
             while len(self.verdicts) > _VERDICTS:
                 del self.verdicts[next(iter(self.verdicts))]
-        text = str(error) or type(error).__name__
-        if isinstance(error, NotWritten) and isinstance(cause, UnknownTopicOrPartitionError):
-            text = f"there is no topic '{error.outgoing.topic}'"
-        if isinstance(error, NotWritten) and error.outgoing.dead:
-            text = f"stopped, because dead letters cannot be written and none may be lost: {text}"
-        known = isinstance(error, KafkaError | TopicMissing | NotWritten | OSError)
-        state = text
-        if type(error).__name__ in _UNREACHABLE:
-            state = f"not connected to {self.clients.brokers}: {last_words() or text}"
+        state = words_for(error, self.clients.brokers)
         if state != self.state:
-            level = logging.WARNING if known else logging.ERROR
-            logger.log(level, "graph '%s', Kafka: %s; trying again", self.graph, state, exc_info=None if known else error)
+            expected = is_expected(error)
+            level = logging.WARNING if expected else logging.ERROR
+            logger.log(level, "graph '%s', Kafka: %s; trying again", self.graph, state, exc_info=None if expected else error)
         self.changed(state)
 
     def changed(self, state: str) -> None:
@@ -205,6 +188,8 @@ class Stream:
     def ready(self) -> bool:
         """True while this member is in its group, the brokers answer, and its lag is within its limit, if there is one."""
         session, limit = self._session, self.options.input.max_lag
+        if self.options.input.readiness == "ignored":
+            return True
         joined = session is not None and session.joined and not self.state
         return joined and (limit is None or self.lag is None or self.lag <= limit)
 
@@ -236,12 +221,3 @@ class Stream:
                 },
             }
         return told
-
-
-_UNREACHABLE: Final = {
-    "KafkaConnectionError",
-    "NoBrokersAvailable",
-    "KafkaTimeoutError",
-    "RequestTimedOutError",
-    "NodeNotReadyError",
-}

@@ -150,3 +150,43 @@ async def test_the_server_is_ready_once_its_member_has_joined_and_not_while_topi
         await kit.broker.create_topics({"dead-that-is-not-there": 1})
         await served.ready()
         assert served.serving.catalog.ready
+
+
+async def test_a_reply_that_cannot_be_written_is_a_dead_letter_and_ends_nothing_else(kit):
+    kafka = await kit.options()
+    replies = await kit.broker.topic("replies", 2)
+    kafka["output"]["reply_topics"] = ["replies*"]
+
+    def asked(topic, **more):
+        headers = [("x-reply-topic", topic.encode()), *((f"x-reply-{name}", text.encode()) for name, text in more.items())]
+        return {"key": topic.encode(), "value": body(1), "headers": headers}
+
+    async with kit.serve(double, kafka) as served:
+        wrong = [asked("replies-nowhere"), asked(replies, partition="7"), asked(replies, partition="x"), asked("replies/../")]
+        await kit.send(served.input, *wrong, asked(replies, partition="1"), {"key": b"k", "value": body(2)})
+        letters = await kit.read(served.dead, 4)
+        (reply,) = await kit.read(replies, 1)
+        assert [4.0] == values((await kit.read(served.output, 1))[0])
+        assert 0 == served.report["reconnects"]
+
+    assert 1 == reply.partition
+    assert {"invalid_request"} == {header(letter, "x-dead-error") for letter in letters}
+    texts = " ".join(header(letter, "x-dead-message") for letter in letters)
+    assert "topic 'replies-nowhere', which is not there" in texts
+    assert f"'x-reply-partition' is '7', and topic '{replies}' has partitions [0, 1]" in texts
+
+
+async def test_a_stop_does_not_wait_for_brokers_that_cannot_be_reached(kit):
+    kafka = {**await kit.options(), "brokers": "127.0.0.1:1"}
+    async with kit.serve(double, kafka, ready=False) as served:
+        await until(lambda: "not connected to 127.0.0.1:1" in served.report["state"], lambda: served.report)
+        assert "Connect call failed" in served.report["state"]
+        assert not served.serving.catalog.ready
+        began = asyncio.get_running_loop().time()
+    assert asyncio.get_running_loop().time() - began < 4
+
+
+async def test_http_may_be_ready_without_kafka(kit):
+    kafka = {**await kit.options(input={"readiness": "ignored"}), "brokers": "127.0.0.1:1"}
+    async with kit.serve(double, kafka, ready=False) as served:
+        assert served.serving.catalog.ready
