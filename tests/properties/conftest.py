@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+# At once: pytest parses it, and CPython 3.11 may not when a collection comes in between, deep in a test's stack.
+import hypothesis.internal.conjecture.optimiser  # noqa: F401
 from hypothesis import HealthCheck, settings
 
 _CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]

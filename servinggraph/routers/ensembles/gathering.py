@@ -61,16 +61,18 @@ class Gathering:
             self._let_go(future, context)
         answers: dict[str, Any] = {}
         failures: dict[str, BaseException] = {}
+        fatal: BaseException | None = None
         for name, future, spare in zip(self._names, futures, self._spare, strict=True):
             if future in late:
                 continue
             error = asyncio.CancelledError() if future.cancelled() else future.exception()
             if error is None:
                 answers[name] = future.result()
-            elif spare:
-                failures[name] = error
             else:
-                raise error
+                failures[name] = error  # of all of them: one that nobody looked at would be reported
+                fatal = fatal or (None if spare else error)
+        if fatal is not None:
+            raise fatal
         if failures and context.runs_again:
             for error in failures.values():
                 if not getattr(error, "retryable", False):

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from hypothesis import event, given, settings, strategies as st
+import pytest
+from hypothesis import event, given, strategies as st
 
 from servinggraph import Graph, routers, steps
 from servinggraph.context import Context
@@ -176,7 +177,7 @@ def graph_of(case: Case) -> Graph:
     return graph.to(routers.Ensemble(branches, combine=combine, **options), name="n").respond()
 
 
-@settings(max_examples=400, deadline=None)
+@pytest.mark.timeout(3600)
 @given(cases())
 def test_an_answer_is_the_definitions_or_an_error(case: Case) -> None:
     clock = ManualClock()
