@@ -14,6 +14,7 @@ from servinggraph.errors import ErrorCode, GraphInvalid, InvalidRequest, Problem
 from servinggraph.importing import ImportProblem
 from servinggraph.interfaces import Feedback, Handler, Learned, Receipt, Router
 from servinggraph.routers.bandits import (
+    Answered,
     Answers,
     Arm,
     BanditOptions,
@@ -63,13 +64,15 @@ class Bandit(Router[BanditOptions]):
                 self._key = key_reader(options.key)
             except ValueError as error:
                 problems.append(Problem(str(error), node="key"))
-        failure = options.failure_reward
-        if failure is not None and float(failure) not in self._policy.rewards:
-            problems.append(Problem(f"{failure} is outside of reward_range", node="failure_reward"))
+        for name in ("failure_reward", "missing_reward"):
+            reward = getattr(options, name)
+            if reward is not None and float(reward) not in self._policy.rewards:
+                problems.append(Problem(f"{reward} is outside of reward_range", node=name))
         signature = common_signature(branches, problems)
         if problems:
             raise GraphInvalid(problems)
-        self._answers = Answers(options.window, keep=self._scorer is not None)
+        missed = None if options.missing_reward is None else self._missed
+        self._answers = Answers(options.window, keep=self._scorer is not None, missed=missed)
         self._stays: Decisions[str] = Decisions(options.window.size, options.window.age_s)
         self._parameter = f"{self.name}.variant"
         self._size: int | None = None  # of features, from the first that were learned from
@@ -82,6 +85,9 @@ class Bandit(Router[BanditOptions]):
 
     async def route(self, value: Any, context: Context, branches: Mapping[str, Handler]) -> Any:
         features = None if self.options.features is None else self._features(value, self.options.features)
+        if self.options.missing_reward is not None:
+            assert self.host is not None  # it serves
+            self._answers.expire(self.host.now())
         arm = self._policy.choose(self._enabled, features) if self._key is None else self._stay(value, context, features)
         arm.decided += 1
         self._decisions[arm.name] += 1
@@ -169,9 +175,11 @@ class Bandit(Router[BanditOptions]):
         self._handed_out = {name: arm.sums() for name, arm in self._arms.items()}  # it was, before the restart
 
     def succeed(self, before: Self) -> None:
-        kept = ("window", "scorer", "features", "key")
+        kept = ("window", "scorer", "features", "key", "missing_reward")
         if all(getattr(before.options, name) == getattr(self.options, name) for name in kept):
             self._answers, self._stays = before._answers, before._stays
+            if self._answers.missed is not None:
+                self._answers.missed = self._missed
 
     def hand_out(self) -> Learned:
         since: dict[str, Array] = {}
@@ -256,6 +264,18 @@ class Bandit(Router[BanditOptions]):
         self._observe(self._arms[answered.variant], reward, answered.features)
         self._answers.learned(answered)
         return Receipt.TAKEN
+
+    def _missed(self, answered: Answered) -> None:
+        """Learn from a request whose feedback has not come in time."""
+        assert self.options.missing_reward is not None  # or nobody is told
+        arm = self._arms.get(answered.variant)
+        if arm is not None and (answered.features is not None or not self._policy.contextual):
+            self._assume(arm, self.options.missing_reward, answered.features)
+
+    def _assume(self, arm: Arm, reward: float, features: Array | None) -> None:
+        """Learn a reward that nobody gave, where the features fit those that were learned from."""
+        if features is None or self._size in (None, features.size):
+            self._observe(arm, float(reward), features)
 
     def _observe(self, arm: Arm, reward: float, features: Array | None) -> None:
         assert self.host is not None  # it serves

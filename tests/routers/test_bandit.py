@@ -324,6 +324,30 @@ def test_an_answer_that_comes_too_late_is_a_failure_and_a_caller_who_leaves_is_n
     run(check())
 
 
+def test_a_request_without_feedback_counts_where_the_graph_says_so(run, manual_clock):
+    async def check():
+        options = {"missing_reward": 0.0, "window": {"age_s": 60, "size": 3}}
+        async with a_graph("ucb1", {"a": a}, **options).mock() as server:
+
+            def rewards():
+                return server.router("score").report()["rewards"]["a"]
+
+            for number in range(4):
+                await server.infer(x=X, id=str(number))
+            assert (4, 1, 0.0) == (rewards()["requests"], rewards()["count"], rewards()["mean"])  # the window has three
+            await server.feedback("1", reward=1.0)
+            await manual_clock.advance(61)
+            with pytest.raises(RequestNotFound):
+                await server.feedback("2", reward=1.0)
+            assert (4, 0.25) == (rewards()["count"], rewards()["mean"])
+            await server.infer(x=X)  # without an id no feedback is waited for
+            await manual_clock.advance(61)
+            await server.infer(x=X)
+            assert (6, 4) == (rewards()["requests"], rewards()["count"])
+
+    run(check())
+
+
 def test_a_callers_mistake_is_no_failure_of_the_variant():
     def refusing(value):
         raise InvalidRequest("no")
@@ -386,6 +410,7 @@ def test_settings_that_cannot_be_are_refused_and_change_nothing(changes, text):
         ({"policy": "thompson", "scorer": "acuracy"}, "no scorer 'acuracy'; did you mean 'accuracy'"),
         ({"policy": "thompson", "scorer": "no.such:thing"}, "no module"),
         ({"policy": "thompson", "failure_reward": -1.0}, "outside of reward_range"),
+        ({"policy": "thompson", "missing_reward": 2}, "2.0 is outside of reward_range"),
         ({"policy": "best"}, "'best'"),
         ({"policy": "linucb", "features": "z", "branches": {"a": total}, "inputs": dict.fromkeys("xy", ("FP32", [1]))}, "'z'"),
     ],

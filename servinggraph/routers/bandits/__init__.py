@@ -8,10 +8,28 @@ from servinggraph.routers.bandits.report import report_of
 from servinggraph.routers.bandits.scorers import SCORERS, Scorer, scorer
 from servinggraph.routers.bandits.thompson import BetaThompson, GaussianThompson
 from servinggraph.routers.bandits.ucb1 import Ucb1
-from servinggraph.routers.bandits.window import Answers, Window
+from servinggraph.routers.bandits.window import Answered, Answers, Window
 
 __all__ = [
-    "MAX_FEATURES", "SCORERS", "Answers", "Arm", "BanditOptions", "BetaThompson", "EpsilonGreedy", "GaussianThompson",
-    "LinUcb", "Number", "Policy", "RewardRange", "Scorer", "Ucb1", "Window", "added", "features_of", "policy_of",
-    "report_of", "scorer",
-]  # fmt: skip
+    "MAX_FEATURES",
+    "SCORERS",
+    "Answered",
+    "Answers",
+    "Arm",
+    "BanditOptions",
+    "BetaThompson",
+    "EpsilonGreedy",
+    "GaussianThompson",
+    "LinUcb",
+    "Number",
+    "Policy",
+    "RewardRange",
+    "Scorer",
+    "Ucb1",
+    "Window",
+    "added",
+    "features_of",
+    "policy_of",
+    "report_of",
+    "scorer",
+]

@@ -65,6 +65,11 @@ class BanditOptions(RouterOptions):
         None,
         description="Reward of a variant that fails by its own fault or takes too long; by default a failure teaches nothing.",
     )
+    missing_reward: float | None = Field(
+        None,
+        description="Reward of a request with an id that gets no feedback within `window.age_s`: 0 where users say something "
+        "only when they are pleased. By default such a request teaches nothing.",
+    )
     window: Window = Field(default_factory=Window, description="How long feedback for a request is waited for.")
     seed: int | None = Field(None, description="Start of the random numbers, to have the same decisions again in a test.")
 

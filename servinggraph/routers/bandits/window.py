@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -56,14 +56,17 @@ class Answers:
     Args:
         window: bounds.
         keep: True to keep answers.
+        missed: told of each request that is forgotten before its feedback has come; None where nobody asks.
 
     Attributes:
+        missed: as given; the router that takes over the requests takes over this.
         duplicates: feedback for a request that had its feedback already.
         unknown: feedback for a request that was never answered here, or is forgotten.
     """
 
-    def __init__(self, window: Window, *, keep: bool) -> None:
-        self._noted: Decisions[Answered] = Decisions(window.size, window.age_s)
+    def __init__(self, window: Window, *, keep: bool, missed: Callable[[Answered], None] | None = None) -> None:
+        self.missed = missed
+        self._noted: Decisions[Answered] = Decisions(window.size, window.age_s, self._forgotten if missed else None)
         self._max_bytes = window.max_bytes
         self._keep = keep
         self._kept: deque[Answered] = deque()
@@ -93,6 +96,14 @@ class Answers:
     def find(self, id: str, now: float) -> Answered | None:
         """Return what is remembered of a request; None where nothing is."""
         return self._noted.find(id, now)
+
+    def expire(self, now: float) -> None:
+        """Forget what is too old."""
+        self._noted.forget(now)
+
+    def _forgotten(self, entry: Answered) -> None:
+        if self.missed is not None and not entry.learned:
+            self.missed(entry)
 
     def learned(self, entry: Answered) -> None:
         """Note that a request has its reward, and let go of what it was learned from."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 __all__ = ["Decisions"]
@@ -16,17 +17,19 @@ class Decisions(Generic[T]):
     Args:
         size: most ids that are remembered, 1 or more.
         age_s: seconds after which an id is forgotten.
+        forgotten: told of each decision that is forgotten; not of one that another takes the place of.
 
     Attributes:
         duplicates: claims of a decision that had been claimed before for the same use.
         unknown: claims of an id that was never noted, or is forgotten.
     """
 
-    __slots__ = ("_age_s", "_noted", "_size", "duplicates", "unknown")
+    __slots__ = ("_age_s", "_forgotten", "_noted", "_size", "duplicates", "unknown")
 
-    def __init__(self, size: int = 100_000, age_s: float = 3600) -> None:
+    def __init__(self, size: int = 100_000, age_s: float = 3600, forgotten: Callable[[T], None] | None = None) -> None:
         self._size = size
         self._age_s = age_s
+        self._forgotten = forgotten
         # In order of time: an id that comes again is moved to the end. An OrderedDict, since the first of a plain dict
         # is found by a walk over all that were removed before it. The set of uses is made by the first claim, since
         # most requests never get one.
@@ -51,7 +54,7 @@ class Decisions(Generic[T]):
         noted[id] = (now, decision, None)
         noted.move_to_end(id)
         if len(noted) > self._size:
-            noted.popitem(last=False)
+            self._drop_first()
 
     def claim(self, id: str, use: str, now: float) -> T | None:
         """Return the decision for an id, once for each use.
@@ -64,7 +67,7 @@ class Decisions(Generic[T]):
         Returns:
             The decision; None where it is unknown or was claimed before, which is counted.
         """
-        self._forget(now)
+        self.forget(now)
         found = self._noted.get(id)
         if found is None:
             self.unknown += 1
@@ -81,14 +84,19 @@ class Decisions(Generic[T]):
 
     def find(self, id: str, now: float) -> T | None:
         """Return the decision for an id and claim nothing; None where it is unknown."""
-        self._forget(now)
+        self.forget(now)
         found = self._noted.get(id)
         return None if found is None else found[1]
 
-    def _forget(self, now: float) -> None:
+    def forget(self, now: float) -> None:
+        """Forget what is too old; asked for by `claim` and `find`, too."""
         noted, oldest = self._noted, now - self._age_s
         while noted:
-            first = next(iter(noted))
-            if noted[first][0] >= oldest:
+            if noted[next(iter(noted))][0] >= oldest:
                 return
-            del noted[first]
+            self._drop_first()
+
+    def _drop_first(self) -> None:
+        _, (_, decision, _) = self._noted.popitem(last=False)
+        if self._forgotten is not None:
+            self._forgotten(decision)

@@ -61,3 +61,15 @@ def test_it_answers_as_a_plain_list_of_the_past_would(size: int, steps: list[tup
             if expected is not None:
                 claimed.add(expected)
         assert len(decisions) <= size
+
+
+def test_what_is_forgotten_is_told_by_age_and_by_number_but_not_what_is_replaced() -> None:
+    told: list[str] = []
+    noted: Decisions[str] = Decisions(2, 60, told.append)
+    for name, decision in (("r", "replaced"), ("r", "first"), ("s", "second"), ("t", "third")):
+        noted.note(name, decision, 0)
+    assert ["first"] == told
+    noted.forget(60)
+    assert ["first"] == told
+    noted.forget(61)
+    assert (["first", "second", "third"], 0) == (told, len(noted))
