@@ -12,7 +12,7 @@ serve: install                     ## serve the example graph
 	$(BIN)/servinggraph serve $(GRAPH)
 
 test: .venv/.dev                   ## install what the tests need, run everything
-	scripts/system-packages.sh dot=graphviz curl=curl redis-server=redis-server prometheus=prometheus java=openjdk-17-jre-headless mvn=maven
+	scripts/system-packages.sh dot=graphviz curl=curl redis-server=redis-server prometheus=prometheus systemd-analyze=systemd java=openjdk-17-jre-headless mvn=maven
 	scripts/kafka-libs.sh
 	$(BIN)/python -m pytest -q
 
