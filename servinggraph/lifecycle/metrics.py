@@ -164,6 +164,8 @@ def read_metrics(serving: Serving, ledger: Ledger) -> Readings:
             stage = report.get("stage", settings.get("stage"))
             if stage is not None:
                 readings.set(of.ROUTER_STAGE, (*labels, str(stage)), 1)
+            for challenger, seen in report.get("challengers", {}).items():
+                _read_shadow(readings, (*labels, challenger), seen)
     for topics in serving.kafka() if serving.kafka is not None else ():
         _read_kafka(readings, topics)
     return readings
@@ -179,6 +181,14 @@ def read_devices(readings: Readings, *, triton: bool = False) -> None:
             readings.set(nv.GPU_TOTAL, (gpu.uuid,), gpu.total_bytes)
             readings.set(nv.GPU_USED, (gpu.uuid,), gpu.used_bytes)
             readings.set(nv.GPU_BUSY, (gpu.uuid,), gpu.utilization)
+
+
+def _read_shadow(readings: Readings, labels: tuple[str, ...], seen: Mapping[str, Any]) -> None:
+    ended = {"answered": seen["answered"], "failed": seen["errors"]["failed"], "dropped": sum(seen["dropped"].values())}
+    for outcome, number in ended.items():
+        readings.set(of.SHADOW_COPIES, (*labels, outcome), number)
+    if seen["agreement"]["rate"] is not None:
+        readings.set(of.SHADOW_AGREEMENT, labels, seen["agreement"]["rate"])
 
 
 def _read_kafka(readings: Readings, report: Mapping[str, Any]) -> None:

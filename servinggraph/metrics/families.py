@@ -103,6 +103,15 @@ ROUTER_STAGE: Final = Family(
 ROUTER_REVISION: Final = Family(
     "servinggraph_router_revision", "gauge", "changes", _ROUTER, "How often the router's settings were changed."
 )
+SHADOW_COPIES: Final = Family(
+    "servinggraph_shadow_copies", "gauge", "requests", (*_ROUTER, "challenger", "outcome"),
+    "Copies of requests that a challenger got beside the present champion, by what became of them: answered, failed or "
+    "dropped; of all workers together where they share a state.",
+)  # fmt: skip
+SHADOW_AGREEMENT: Final = Family(
+    "servinggraph_shadow_agreement_ratio", "gauge", "ratio", (*_ROUTER, "challenger"),
+    "Share of a challenger's compared answers that agree with the champion's; not there before the first one.",
+)  # fmt: skip
 
 
 def _kafka(name: str, unit: str, text: str, kind: Literal["counter", "gauge"] = "counter") -> Family:
@@ -159,6 +168,7 @@ ALL: Final = (
     BATCH_ROWS, BATCH_FILL, BATCH_MAX_ROWS, QUEUE_DEPTH, QUEUE_LIMIT, BATCHES_RUNNING,
     GRAPH_READY, GRAPH_LOAD_SECONDS, GRAPH_MEMORY, NODE_LOAD_SECONDS,
     ROUTER_DECISIONS, ROUTER_WEIGHT, ROUTER_SHARE, ROUTER_STAGE, ROUTER_REVISION,
+    SHADOW_COPIES, SHADOW_AGREEMENT,
     *KAFKA.values(), KAFKA_ERRORS,
     DEVICE_MEMORY, DEVICE_BUSY,
     READY, IN_FLIGHT, IN_FLIGHT_LIMIT, BUILD_INFO,

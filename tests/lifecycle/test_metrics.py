@@ -114,6 +114,26 @@ def test_decisions_of_a_router_go_on_after_a_reload(folder, opened):
     asyncio.run(check())
 
 
+def test_what_became_of_a_challengers_copies_is_a_metric():
+    graph = Graph("g", {"x": ("FP32", [-1])})
+    options = {"shadow": {"max_loop_share": 1.0}}
+    graph.to(routers.Champion({"one": double, "two": double}, "one", **options), name="r").respond()
+
+    async def check():
+        async with graph.mock() as server:
+            assert of.SHADOW_AGREEMENT not in server.serving.metrics().values
+            await server.infer(X)
+            for _ in range(10):
+                await asyncio.sleep(0)
+            values = server.serving.metrics().values
+            assert {("g", "1", "r", "two"): 1.0} == values[of.SHADOW_AGREEMENT]
+            assert {"answered": 1, "failed": 0, "dropped": 0} == {
+                labels[-1]: number for labels, number in values[of.SHADOW_COPIES].items()
+            }
+
+    asyncio.run(check())
+
+
 def test_a_router_that_cannot_be_read_spoils_nothing_but_its_own_metrics(caplog):
     graph = Graph("g", {"x": ("FP32", [-1])})
     graph.to(routers.Ab({"one": double, "two": double}, weights={"one": 1, "two": 1}), name="r").respond()
@@ -132,10 +152,11 @@ def test_a_router_that_cannot_be_read_spoils_nothing_but_its_own_metrics(caplog)
 
 
 class Staged:
-    """What a router says that works in stages."""
+    """What a router says that works in stages, and has challengers."""
 
     def report(self):
-        return {"decisions": {"one": 1}, "shares": {"one": 0.5, "two": 0.5}, "stage": "10%"}
+        challengers = {"two": {"answered": 3, "errors": {"failed": 1}, "dropped": {"late": 2}, "agreement": {"rate": 0.5}}}
+        return {"decisions": {"one": 1}, "shares": {"one": 0.5, "two": 0.5}, "stage": "10%", "challengers": challengers}
 
 
 GPU = GpuState("cuda:0", "GPU-1", 1000, 100, 0.5)
