@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
@@ -35,6 +36,7 @@ class Outbox(Generic[T]):
         self._items: asyncio.Queue[tuple[T, Context]] = asyncio.Queue()
         self._outcomes: set[asyncio.Task[None]] = set()
         self._open = 0
+        self._empty = asyncio.Event()
         self._dropped = 0
         self._told = -_SAY_S
         self._worker: asyncio.Task[None] | None = None
@@ -45,6 +47,7 @@ class Outbox(Generic[T]):
             self._drop(context, f"{self._most} wait already (limit 'max_waiting')")
             return
         self._open += 1
+        self._empty.clear()
         if self._worker is None:
             self._worker = self._loop.create_task(self._work())
         self._items.put_nowait((item, context))
@@ -55,8 +58,8 @@ class Outbox(Generic[T]):
             try:
                 outcome = await self._begin(item)
             except Exception as error:
-                self._open -= 1
                 self._drop(context, _reason(error))
+                self._done()
                 continue
             waiting = self._loop.create_task(self._wait(outcome, context))
             self._outcomes.add(waiting)
@@ -68,7 +71,12 @@ class Outbox(Generic[T]):
         except Exception as error:
             self._drop(context, _reason(error))
         finally:
-            self._open -= 1
+            self._done()
+
+    def _done(self) -> None:
+        self._open -= 1
+        if self._open == 0:
+            self._empty.set()
 
     def _drop(self, context: Context, why: str) -> None:
         """Count what is lost; say so at most every ten seconds."""
@@ -81,13 +89,14 @@ class Outbox(Generic[T]):
 
     async def close(self, patience_s: float) -> None:
         """Deliver what waits, for as long as patience lasts; the rest is dropped."""
-        end = self._loop.time() + patience_s
-        while self._open and self._loop.time() < end:
-            await asyncio.wait([*self._outcomes, self._loop.create_task(asyncio.sleep(0.01))], timeout=end - self._loop.time())
+        if self._open:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._empty.wait(), patience_s)
+        left = self._open
         for task in [*self._outcomes, *([self._worker] if self._worker else [])]:
             task.cancel()
-        if self._open:
-            logger.warning("node '%s': stopped with %d not delivered", self._node, self._open)
+        if left:
+            logger.warning("node '%s': stopped with %d not delivered", self._node, left)
 
 
 def _reason(error: Exception) -> str:

@@ -19,6 +19,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer
 
 from servinggraph import Graph
+from servinggraph.kafka.development import development_broker
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "transactions"
@@ -121,6 +122,21 @@ def test_what_is_no_transaction_is_refused_in_words(change, text):
 
     with Graph.load(EXAMPLE / "graph.yaml").mock() as server, pytest.raises(Exception, match=text):
         server.invoke(document)
+
+
+def test_the_stage_in_front_puts_transactions_on_the_topic(monkeypatch):
+    document = json.loads((EXAMPLE / "sample.json").read_text())
+    monkeypatch.setenv("KAFKA", "kafka.invalid:9092")
+
+    with development_broker() as address, Graph.load(EXAMPLE / "intake.yaml").mock() as server:
+        receipt = server.invoke(document)
+        with pytest.raises(Exception, match="a transaction needs 'amount'"):
+            server.invoke({key: value for key, value in document.items() if key != "amount"})
+        (record,) = asyncio.run(all_of(address, "transactions", 1))
+
+    assert ["transactions"] == receipt["topic"]
+    assert (document, document["card"].encode()) == (json.loads(record.value), record.key)
+    assert receipt["id"] == [dict(record.headers)["x-request-id"].decode()]
 
 
 def test_the_stream_is_the_same_for_the_same_seed(modules):
