@@ -12,7 +12,7 @@ from pydantic import Field
 
 from servinggraph.context import Context
 from servinggraph.errors import GraphInvalid, InvalidRequest, Problem, nearest
-from servinggraph.interfaces import Feedback, Observer, Receipt, RouterHost, RouterOptions
+from servinggraph.interfaces import Feedback, Learned, Observer, Receipt, RouterHost, RouterOptions
 from servinggraph.routers.rollout.guardrails import GuardrailOptions, MetricGuardrail
 from servinggraph.routers.rollout.outcomes import Metering, Outcomes
 from servinggraph.routers.rollout.schedule import Duration, RolloutStep, Share, Stage, stages
@@ -189,7 +189,14 @@ class Canary(Observer[CanaryOptions]):
         return report
 
     def remember(self) -> dict[str, Any]:
-        return self._trial.remember()
+        remembered = self._trial.remember()
+        if remembered["share_by_hand"] is not None:  # other workers take up settings by their names
+            remembered["weights"] = self.settings()["weights"]
+        return remembered
+
+    def hand_out(self) -> Learned:
+        """Share settings with other workers, and no numbers: each has evidence of its own, and moves all."""
+        return Learned(0, {})
 
     def recall(self, remembered: Mapping[str, Any]) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from contextlib import suppress
 
 import numpy as np
@@ -13,6 +14,12 @@ from servinggraph.errors import DeadlineExceeded, GraphInvalid, RequestNotFound,
 
 X = np.array([1.0], np.float32)
 FAILURES = {"failures": {"watch": "error_rate", "margin": "1%"}}
+
+
+@pytest.fixture(autouse=True)
+def _the_same_chances():
+    """Whom chance gives to the challenger is the same in each run."""
+    random.seed(1)
 
 
 def stable(value):
@@ -252,7 +259,7 @@ def test_a_metric_that_steps_observe_is_a_guardrail(run, better, score, stage):
     async def check():
         guardrails = {"sure": {"watch": "metric", "metric": "confidence", "better": better, "margin": 0.05}}
         async with a_graph(observing, usual, guardrails=guardrails).mock() as server:
-            await ask(server, 600)
+            await ask(server, 1000)
             report = server.router("test").report()
             assert stage == report["stage"]
             assert {"new": pytest.approx(score), "stable": pytest.approx(0.8)} == report["guardrails"]["sure"]["confidence"]
@@ -300,6 +307,74 @@ def test_a_metric_may_be_observed_in_a_thread(run):
             await asyncio.gather(*(server.infer(x=X) for _ in range(200)))
             seen = server.router("test").report()["guardrails"]["sure"]["samples"]
             assert 200 == seen["new"] + seen["stable"]
+
+    run(check())
+
+
+class Noting:
+    """A meter that keeps what it gets."""
+
+    def __init__(self):
+        self.noted = []
+
+    def count(self, name, amount):
+        self.noted.append(("count", name, amount))
+
+    def observe(self, name, value):
+        self.noted.append(("observe", name, value))
+
+
+def test_what_steps_count_and_observe_goes_on_to_the_meter_around(run):
+    noting = Noting()
+
+    def observing(value, context: Context):
+        context.observe("confidence", 0.5)
+        context.count("words", 3)
+        return stable(value)
+
+    async def check():
+        guardrails = {"sure": {"watch": "metric", "metric": "confidence", "margin": 0.05}}
+        async with a_graph(observing, observing, guardrails=guardrails).mock() as server:
+            context = Context()
+            context.meter = noting
+            branch, inner, begun = server.router("test").begin({"x": X}, context)
+            observing({"x": X}, inner)
+            server.router("test").end(begun, None)
+            assert branch in ("new", "stable")
+
+    run(check())
+    assert [("observe", "confidence", 0.5), ("count", "words", 3)] == noting.noted
+
+
+@pytest.mark.parametrize(
+    ("guardrail", "allowed", "stage"),
+    [
+        ({"watch": "error_rate", "margin": "60%"}, "+60%", "rolled_back"),
+        ({"watch": "error_rate", "ratio": 3}, "x3", "rolled_back"),
+        ({"watch": "error_rate", "limit": "20%"}, "20%", "rolled_back"),
+        ({"watch": "error_rate", "limit": "100%"}, "100%", "10%"),
+        ({"watch": "metric", "metric": "confidence", "limit": 0.5}, "at least 0.5", "rolled_back"),
+        ({"watch": "metric", "metric": "confidence", "limit": 0.1}, "at least 0.1", "10%"),
+        ({"watch": "metric", "metric": "confidence", "better": "lower", "limit": 0.1}, "at most 0.1", "rolled_back"),
+        ({"watch": "metric", "metric": "confidence", "better": "lower", "margin": 0.1}, "+0.1", "10%"),
+    ],
+)
+def test_each_bound_is_kept_and_said(run, guardrail, allowed, stage):
+    def bad(value, context: Context):
+        context.observe("confidence", 0.2)
+        raise ValueError("no")
+
+    def usual(value, context: Context):
+        context.observe("confidence", 0.9)
+        return stable(value)
+
+    async def check():
+        async with a_graph(bad, usual, guardrails={"it": guardrail}).mock() as server:
+            await ask(server, 500)
+            report = server.router("test").report()
+            assert stage == report["stage"]
+            assert allowed == report["guardrails"]["it"]["allowed"]
+            assert f"allowed {allowed}" in str(report["history"]) or stage == "10%"
 
     run(check())
 
@@ -492,6 +567,38 @@ def test_stage_hold_and_evidence_survive_a_restart(run, manual_clock, tmp_path):
     run(check())
 
 
+def test_what_one_worker_decides_others_follow_through_redis(run, manual_clock, redis_url):
+    async def exchanged():
+        for _ in range(3):
+            await manual_clock.advance(1)
+            for _ in range(200):
+                await manual_clock.settle()
+                running = {task.get_coro().__qualname__ for task in asyncio.all_tasks()}
+                if not running & {"Sharing._round", "RouterSeat._save"}:
+                    break
+                await asyncio.to_thread(lambda: None)
+
+    async def check():
+        async with a_graph(broken, state=redis_url).mock() as one, a_graph(broken, state=redis_url).mock() as other:
+            routers_of = one.router("test"), other.router("test")
+            await one.adjust("test", {"promote": True})
+            await exchanged()
+            assert ["50%", "50%"] == [router.settings()["stage"] for router in routers_of]
+            await other.adjust("test", {"weights": {"stable": 4, "new": 1}})
+            await exchanged()
+            assert [{"stable": 0.8, "new": 0.2}] * 2 == [router.settings()["weights"] for router in routers_of]
+            assert [True, True] == [router.settings()["paused"] for router in routers_of]
+            await other.adjust("test", {"paused": False})
+            await exchanged()
+            assert ["rolling", "rolling"] == [router.report()["status"] for router in routers_of]
+            assert {"stable": 0.5, "new": 0.5} == one.router("test").settings()["weights"]
+            assert 0 < await ask(one, 200)
+            await exchanged()
+            assert ["rolled_back", "rolled_back"] == [router.settings()["stage"] for router in routers_of]
+
+    run(check())
+
+
 def test_a_rollback_survives_a_restart(run, tmp_path):
     options = {"state": str(tmp_path / "rollout.json")}
 
@@ -515,6 +622,7 @@ def test_a_rollback_survives_a_restart(run, tmp_path):
         ({"guardrails": {"a": {"watch": "error_rate"}}}, "exactly one of margin, ratio, limit, got none"),
         ({"guardrails": {"a": {"watch": "latency", "ratio": 1.5, "limit_ms": 3}}}, "exactly one of ratio, margin_ms, limit_ms"),
         ({"guardrails": {"a": {"watch": "latency", "ratio": 1.5, "quantile": 99}}}, "a quantile is p1 to p99.9"),
+        ({"guardrails": {"a": {"watch": "latency", "ratio": 1.5, "quantile": "pX"}}}, "a quantile is p1 to p99.9"),
         ({"guardrails": {"a": {"watch": "metric", "margin": 1.0, "range": [1, 0]}}}, "the lower first"),
         ({"guardrails": {"a": {"watch": "metric", "limit": 2.0}}}, "outside of range"),
         ({"guardrails": {"a": {"watch": "errors"}}}, "error_rate"),
