@@ -250,6 +250,8 @@ class Canary(Observer[CanaryOptions]):
         weights = changes.get("weights")
         if weights is None:
             return stage, None, changes.get("paused")
+        if changes.get("paused") is False:
+            raise InvalidRequest("'weights' by hand pause the schedule: 'paused' cannot be false with them")
         return stage, self._share(weights, at), changes.get("paused")
 
     def _next(self) -> int:

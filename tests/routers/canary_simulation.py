@@ -112,6 +112,25 @@ def simulate(challenger: World, seed: int, *, turns_bad_s: float = 0.0, plan: Pl
     return Ending(trial.status, int(requests), int(hit), trial.history[-1]["why"])
 
 
+def simulate_users(seed: int, users: int, requests_per_user: float) -> str:
+    """Run one rollout with sticky keys: users who fail in ways of their own, however they are answered; return its status."""
+    rng = np.random.default_rng(seed)
+    trial = Trial(PLAN, 0.0)
+    place, failing = rng.random(users), rng.beta(0.5, 25, users)  # where each is on the line of shares; 2 % on average
+    per_s = users * requests_per_user / (3 * 180)
+    for second in range(1, LONGEST_S):
+        asked = rng.integers(0, users, rng.poisson(per_s))
+        for outcomes, mine in ((trial.phase.challenger, True), (trial.phase.baseline, False)):
+            whose = asked[(place[asked] < trial.share) == mine]
+            outcomes.failures += int((rng.random(len(whose)) < failing[whose]).sum())
+            outcomes.durations.extend((0.02 * rng.lognormal(0, 0.4, len(whose))).tolist())
+            outcomes.values["score"].extend(rng.beta(6, 2, len(whose)).tolist())
+        trial.advance(float(second))
+        if trial.status in ("rolled_back", "promoted"):
+            break
+    return trial.status
+
+
 def main(scenarios: int) -> None:
     """Print the figures."""
     began = perf_counter()
@@ -132,6 +151,11 @@ def main(scenarios: int) -> None:
         everyone += [(name, simulate(world, seed)) for seed in range(number, scenarios, len(GOOD))]
     for name in [*GOOD, "all of them"]:
         row(name, "always", [ending for other, ending in everyone if name in (other, "all of them")])
+    print("\n| users | requests of each | scenarios | rolled back |\n|---|---|---|---|")
+    for users, each in ((20_000, 3), (5_000, 12), (500, 120)):
+        some = min(scenarios, 40)
+        back = sum(simulate_users(seed, users, each) == "rolled_back" for seed in range(some))
+        print(f"| {users:,} | {each} | {some} | {back} ({back / some:.1%}) |")
     print(f"\nIn time: {np.mean(in_time):.1%} of {len(in_time)} bad ones.")
     versions = f"Python {platform.python_version()}, numpy {np.__version__}"
     print(f"\n{datetime.now(UTC):%Y-%m-%d}, {versions}, {perf_counter() - began:.0f} s.")

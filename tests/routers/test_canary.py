@@ -456,6 +456,7 @@ def test_by_hand_it_is_paused_promoted_rolled_back_and_weighted(run, manual_cloc
         ({"weights": {"other": 1}}, "no branch"),
         ({"weights": {"stable": 1, "new": 1}, "rollback": True}, "rolled back"),
         ({"weights": 3}, "mapping"),
+        ({"weights": {"stable": 1}, "paused": False}, "pause the schedule"),
         ({"hold": "1s"}, "no setting 'hold'"),
     ],
 )
@@ -508,6 +509,7 @@ def test_what_comes_late_from_a_trial_that_is_over_does_not_count(run):
         async with a_graph(late).mock() as server:
             waiting = [asyncio.ensure_future(server.infer(x=X)) for _ in range(200)]
             await asyncio.sleep(0)
+            await server.adjust("test", {"promote": True})
             await server.adjust("test", {"rollback": True})
             await server.adjust("test", {"stage": "10%"})
             release.set()

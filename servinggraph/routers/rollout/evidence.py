@@ -18,6 +18,9 @@ it plays from the beginning, and each time that the most daring bettor has lost 
 joins, the j-th about 1/(j log(j)^2). Money that joins late has lost nothing in the good time before, which makes the
 test notice a challenger that turns bad after days nearly as soon as one that was bad from the start.
 
+What it rests on is that chance gives each request to the challenger. With a sticky key it gives callers: where a few of
+them are most of the load and fail in ways of their own, their one draw is counted as many.
+
 Sources: Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting (JRSS B 2024);
 Waudby-Smith, Wu, Ramdas, Karampatziakis and Mineiro, Anytime-valid off-policy inference for contextual bandits
 (2022), for the weighting by 1/p; Shin, Ramdas and Rinaldo, E-detectors (2022), for wealth that joins later. The

@@ -97,17 +97,17 @@ class Phase:
         share: the challenger's share of the requests.
         challenger: outcomes of the challenger.
         baseline: outcomes of the baseline.
-        closed: True when the trial it belonged to is over; what still comes from it is not looked at.
+        life: the trial it belongs to; once that is over, what still comes from it is not looked at.
     """
 
-    __slots__ = ("baseline", "challenger", "closed", "share")
+    __slots__ = ("baseline", "challenger", "life", "share")
 
-    def __init__(self, share: float, metrics: Iterable[str]) -> None:
+    def __init__(self, share: float, metrics: Iterable[str], life: int) -> None:
         self.share = share
         metrics = tuple(metrics)
         self.challenger = Outcomes(self, True, metrics)
         self.baseline = Outcomes(self, False, metrics)
-        self.closed = False
+        self.life = life
 
 
 class Metering:

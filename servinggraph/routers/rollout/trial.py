@@ -84,7 +84,8 @@ class Trial:
         self.paused = False
         self.history: deque[dict[str, Any]] = deque(maxlen=_REMEMBERED)
         self._by_hand: float | None = None
-        self.phase = Phase(0.0, ())
+        self._life = 0
+        self.phase = Phase(0.0, (), self._life)
         self._anew(now)
         self._enter(now)
         self._note(now, "", "the rollout began", "canary")
@@ -129,7 +130,7 @@ class Trial:
     def late(self, outcomes: Outcomes, now: float) -> Move | None:
         """Evaluate what came in for a phase that may be over, and decide."""
         phase = outcomes.phase
-        if phase.closed:
+        if phase.life != self._life:
             outcomes.settle()
             outcomes.clear()
             return None
@@ -236,10 +237,9 @@ class Trial:
 
     def _enter(self, now: float, *, keep_hold: bool = False) -> None:
         """Begin a phase: from here on requests are decided by another share."""
-        # What still comes for the one before is evaluated at once, or not at all.
-        self.phase.closed = not self.stage
+        # What still comes for the one before is looked at as soon as it comes.
         self.phase.challenger.most = self.phase.baseline.most = 1
-        self.phase = Phase(self.share, self._metrics)
+        self.phase = Phase(self.share, self._metrics, self._life)
         self._set_sizes(0)
         self._requests = 0
         if not keep_hold:
@@ -252,6 +252,10 @@ class Trial:
         before, was = self.name, self.stage
         if not was:
             self._anew(now)
+        if not stage:
+            self.paused = False
+        if not was or not stage:
+            self._life += 1
         self.stage, self._by_hand = stage, None
         self._enter(now)
         self._note(now, before, why, who)
