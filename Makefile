@@ -42,7 +42,7 @@ proto: .venv/.dev                  ## messages of the gRPC front end from their 
 
 lock:                              ## resolve requirements/lock.txt anew
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml requirements/dev.in --extra grpc --extra kafka --extra kafka-dev --extra onnx --extra plot --extra redis --extra remote --extra test \
+	$(BIN)/uv pip compile pyproject.toml requirements/dev.in --extra grpc --extra kafka --extra kafka-dev --extra onnx --extra otel --extra plot --extra redis --extra remote --extra test \
 	  --no-header --no-emit-index-url --no-annotate --python-version 3.11 --upgrade -o requirements/lock.txt
 	$(BIN)/uv pip compile pyproject.toml requirements/gpu.in --extra grpc --extra kafka --extra onnx-gpu --extra redis --extra remote \
 	  --constraint requirements/lock.txt --no-header --no-emit-index-url --no-annotate --python-version 3.11 --upgrade -o requirements/lock-gpu.txt
@@ -58,5 +58,5 @@ clean:
 	touch $@
 
 .venv/.dev: .venv/.installed requirements/dev.in
-	$(PIP) --editable '.[grpc,kafka,kafka-dev,onnx,plot,redis,remote,test]' --requirement requirements/dev.in
+	$(PIP) --editable '.[grpc,kafka,kafka-dev,onnx,otel,plot,redis,remote,test]' --requirement requirements/dev.in
 	touch $@

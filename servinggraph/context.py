@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
-    from servinggraph.tracing import Trace
+    from servinggraph.tracing import Recorder
 
 from servinggraph.sequence import Turn
 
@@ -129,7 +129,7 @@ class Context:
         self.graph = graph
         self.route = self.version = ""
         self.runs_again = runs_again
-        self.trace: Trace | None = None
+        self.trace: Recorder | None = None
         self.arrived = self.run_began = self.run_ended = 0
         self.failure: Exception | None = None
         self.meter: Meter | None = None

@@ -99,6 +99,15 @@ class FrontEndOptions(Options):
     stream_stall_s: float = Field(
         60, gt=0, description="Longest time that the reader of a stream may take nothing; then its connection is cut off."
     )
+    otel: Literal["on", "off"] = Field("off", description="Whether spans of requests are sent to an OpenTelemetry collector.")
+    otel_endpoint: str = Field(
+        "",
+        description="Address of the collector (OTLP over HTTP), http://host:4318 say; by default what "
+        "OTEL_EXPORTER_OTLP_ENDPOINT says, else this machine's.",
+    )
+    otel_sample: float = Field(
+        0.01, ge=0, le=1, description="Share of the requests that are traced; those whose caller traces them always are."
+    )
     metrics: Literal["on", "off"] = Field(
         "on", description="Whether requests are measured, and what comes of it is shown to Prometheus at /metrics."
     )

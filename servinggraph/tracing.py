@@ -8,12 +8,15 @@ Source: Triton, docs/user_guide/trace.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from random import getrandbits
 from time import perf_counter_ns
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 
-__all__ = ["NODE_STAMPS", "Trace", "trace_alone"]
+from servinggraph.context import Context
+
+__all__ = ["NODE_STAMPS", "Batch", "Both", "Recorder", "Trace", "trace_alone", "trace_failure", "trace_headers"]
 
 NODE_STAMPS: Final = (
     "REQUEST_START", "QUEUE_START", "COMPUTE_START", "COMPUTE_INPUT_END", "COMPUTE_OUTPUT_START", "COMPUTE_END", "REQUEST_END",
@@ -27,8 +30,113 @@ _MOST_ELEMENTS: Final = 1024
 """Elements of a tensor that are written."""
 
 
+class Batch:
+    """A batch that requests with a trace were in.
+
+    Attributes:
+        rows: its rows, padding included.
+        requests: how many got their answer of it.
+        members: trace and span of each node that ran in it, of traced requests; the first one's trace has the batch.
+        span: trace and span of the batch.
+    """
+
+    __slots__ = ("members", "requests", "rows", "span")
+
+    def __init__(self, rows: int, requests: int) -> None:
+        self.rows, self.requests = rows, requests
+        self.members: list[tuple[int, int]] = []
+        self.span = 0, 0
+
+    def join(self, trace_id: int, span_id: int) -> None:
+        """Note that a node of a trace ran in it."""
+        if not self.members:
+            self.span = trace_id, getrandbits(64) or 1
+        self.members.append((trace_id, span_id))
+
+    def is_of(self, trace_id: int, span_id: int) -> bool:
+        """Tell whether a node's trace has the batch."""
+        return self.members[0] == (trace_id, span_id)
+
+
+class Recorder(Protocol):
+    """Takes what happens to one request."""
+
+    def stamp(self, name: str) -> None:
+        """Record that something happens to the request now."""
+
+    def begin(self, inputs: Mapping[str, Any]) -> None:
+        """Record that the graph begins with the request."""
+
+    def answer(self, outputs: Mapping[str, Any]) -> None:
+        """Record one of several answers."""
+
+    def end(self, outputs: Mapping[str, Any] | None) -> None:
+        """Record that the graph is done with the request; None for an error, or for answers that were recorded already."""
+
+    def node(self, name: str, stamps: Iterable[tuple[str, int]], batch: Batch | None = None, error: str | None = None) -> None:
+        """Record what happened in a node, and when, at `NODE_STAMPS`."""
+
+    def values(self, activity: str, tensors: Mapping[str, Any]) -> None:
+        """Record tensors."""
+
+    def headers(self, node: str) -> dict[str, str]:
+        """Return what tells another service that a node calls of the trace."""
+        ...
+
+    def failed(self, code: str, text: str, node: str | None) -> None:
+        """Record that the request gets an error."""
+
+    def finish(self, request_id: str, ending: str) -> None:
+        """Record what happens last, and hand the trace over; nothing more may be recorded."""
+
+
+class Both:
+    """Records a request twice."""
+
+    __slots__ = ("_recorders",)
+
+    def __init__(self, *recorders: Recorder) -> None:
+        self._recorders = recorders
+
+    def stamp(self, name: str) -> None:
+        for recorder in self._recorders:
+            recorder.stamp(name)
+
+    def begin(self, inputs: Mapping[str, Any]) -> None:
+        for recorder in self._recorders:
+            recorder.begin(inputs)
+
+    def answer(self, outputs: Mapping[str, Any]) -> None:
+        for recorder in self._recorders:
+            recorder.answer(outputs)
+
+    def end(self, outputs: Mapping[str, Any] | None) -> None:
+        for recorder in self._recorders:
+            recorder.end(outputs)
+
+    def node(self, name: str, stamps: Iterable[tuple[str, int]], batch: Batch | None = None, error: str | None = None) -> None:
+        stamps = list(stamps)
+        for recorder in self._recorders:
+            recorder.node(name, stamps, batch, error)
+
+    def values(self, activity: str, tensors: Mapping[str, Any]) -> None:
+        for recorder in self._recorders:
+            recorder.values(activity, tensors)
+
+    def headers(self, node: str) -> dict[str, str]:
+        return {name: value for recorder in self._recorders for name, value in recorder.headers(node).items()}
+
+    def failed(self, code: str, text: str, node: str | None) -> None:
+        for recorder in self._recorders:
+            recorder.failed(code, text, node)
+
+    def finish(self, request_id: str, ending: str) -> None:
+        for recorder in self._recorders:
+            recorder.finish(request_id, ending)
+
+
 class Trace:
-    """What happened to one request.
+    """What happened to one request, as Triton writes it.
 
     Args:
         model: the graph.
@@ -83,9 +191,9 @@ class Trace:
             self.answer(outputs)
         self.stamp("REQUEST_END")
 
-    def node(self, name: str, stamps: Iterable[tuple[str, int]]) -> None:
-        """Record what happened in a node, and when."""
-        if self._nodes >= _MOST_NODES or self._stamps is None:
+    def node(self, name: str, stamps: Iterable[tuple[str, int]], batch: Batch | None = None, error: str | None = None) -> None:
+        """Record what happened in a node, and when; nothing of one that failed, as in Triton."""
+        if error is not None or self._nodes >= _MOST_NODES or self._stamps is None:
             return
         self._nodes += 1
         number = self._new_number()
@@ -106,6 +214,13 @@ class Trace:
             entry = {"name": name, "data": shown, "shape": shape, "dtype": str(array.dtype)}
             self._entries.append({"id": self._number, "activity": activity, "tensor": entry})
 
+    def headers(self, node: str) -> dict[str, str]:
+        """Return nothing: these traces end at the server."""
+        return {}
+
+    def failed(self, code: str, text: str, node: str | None) -> None:
+        """Record nothing: an error has no place in this form."""
+
     def finish(self, request_id: str, ending: str) -> None:
         """Record what happens last, and hand the trace over; nothing more may be recorded."""
         self.stamp(ending)
@@ -116,9 +231,29 @@ class Trace:
         self._collect([about, *stamps, *self._entries])
 
 
-def trace_alone(trace: Trace, node: str, began: int, ended: int) -> None:
+def trace_alone(trace: Recorder, node: str, began: int, ended: int) -> None:
     """Record a node that ran for this request alone: it did not queue, and nothing was joined or split."""
     trace.node(node, zip(NODE_STAMPS, (began, began, began, began, ended, ended, ended), strict=True))
+
+
+def trace_failure(trace: Recorder, node: str, began: int, error: BaseException) -> None:
+    """Record a node that has failed now; 0 for one that had not begun."""
+    now = perf_counter_ns()
+    began = began or now
+    text = f"{type(error).__name__}: {error}"
+    trace.node(node, zip(NODE_STAMPS, (began, began, began, began, now, now, now), strict=True), None, text)
+
+
+def trace_headers(context: Context, node: str) -> dict[str, str]:
+    """Return the headers that make another service's part of a request one trace with this one; none where it is not traced.
+
+    They go before headers of the same names that the request came with, which name its caller.
+
+    Args:
+        context: the request's.
+        node: the node that calls.
+    """
+    return {} if context.trace is None else context.trace.headers(node)
 
 
 def _timestamps(stamps: Iterable[tuple[str, int]]) -> list[dict[str, Any]]:

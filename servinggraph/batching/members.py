@@ -11,7 +11,7 @@ from servinggraph.errors import StepFailed
 from servinggraph.sequence import Turn
 from servinggraph.statistics import NodeStatistics
 from servinggraph.tensors import Array
-from servinggraph.tracing import NODE_STAMPS, Trace
+from servinggraph.tracing import NODE_STAMPS, Batch
 
 __all__ = ["Departures", "SharedContext", "Stamps", "Waiter", "awaited", "count_answers", "end_work"]
 
@@ -111,6 +111,7 @@ def count_answers(
     durations = statistics.durations
     if durations is not None:
         durations.compute.add(busy, len(answered))
+    traced: Batch | None = None
     for waiter in answered:
         queued = began - waiter.arrived
         statistics.queue_ns += queued
@@ -122,12 +123,9 @@ def count_answers(
         else:
             statistics.piece_ns -= queued + busy
         if waiter.context.trace is not None:
-            _trace(waiter.context.trace, node, waiter.arrived, (began, ran), ends)
-
-
-def _trace(trace: Trace, node: str, arrived: int, begins: tuple[int, int], ends: tuple[int, int]) -> None:
-    moments = (arrived, arrived, *begins, *ends, ends[1])
-    trace.node(node, zip(NODE_STAMPS, moments, strict=True))
+            traced = traced or Batch(size, len(answered))
+            moments = (waiter.arrived, waiter.arrived, began, ran, *ends, split)
+            waiter.context.trace.node(node, zip(NODE_STAMPS, moments, strict=True), traced)
 
 
 class SharedContext(Context):

@@ -17,7 +17,7 @@ from servinggraph.executor.wiring import SLOW_STEP_NS, SlowSteps, as_failure, re
 from servinggraph.interfaces import Operation
 from servinggraph.plan import INPUTS, PlanNode
 from servinggraph.statistics import NodeStatistics, code_of, is_late
-from servinggraph.tracing import trace_alone
+from servinggraph.tracing import trace_alone, trace_failure
 
 __all__ = ["Branching", "RunState", "named", "run_plan", "stretches_of", "takers_of"]
 
@@ -87,6 +87,8 @@ def _plain(steps: Counted, clock: Callable[[], float], names: Collection[str]) -
                 began = now
         except BaseException as error:
             counters.failed(perf_counter_ns() - began, code_of(error))
+            if trace is not None:
+                trace_failure(trace, name, began, error)
             if isinstance(error, ServingGraphError):
                 error.at(name)
                 raise
@@ -115,6 +117,7 @@ def _awaiting(steps: Counted, clock: Callable[[], float], names: Collection[str]
                     began = 0
                     raise DeadlineExceeded("Request timeout expired before it ran")
                 if counters.batched:  # its batcher counts
+                    began = 0 if trace is None else perf_counter_ns()
                     value = await call(value, context)
                     continue
                 began = perf_counter_ns()
@@ -136,6 +139,8 @@ def _awaiting(steps: Counted, clock: Callable[[], float], names: Collection[str]
             if not counters.batched:
                 code = code_of(error, late=is_late(deadline, clock()))
                 counters.failed(perf_counter_ns() - began if began else 0, code)
+            if trace is not None:
+                trace_failure(trace, name, began, error)
             failure = _failure_of(error, name)
             if failure is error:
                 raise

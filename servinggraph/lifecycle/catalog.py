@@ -22,7 +22,7 @@ from servinggraph.plan import Plan
 from servinggraph.tensors import TensorSpec
 
 if TYPE_CHECKING:
-    from servinggraph.lifecycle.tracing import Tracer
+    from servinggraph.lifecycle.sampling import Picker
 
 __all__ = ["Catalog", "ServedGraph", "takes_the_same"]
 
@@ -60,7 +60,7 @@ class ServedGraph:
     seats: Mapping[str, RouterSeat] = field(default_factory=dict)
     ready: bool = False
     requests: int = 0
-    tracer: Tracer | None = field(default=None, repr=False)
+    tracer: Picker | None = field(default=None, repr=False)
     finish: Callable[[Any, Mapping[str, TensorSpec] | None, str], Any] = field(init=False, repr=False)
     routed: bool = field(init=False, repr=False)
     sequences: Sequencer | None = field(init=False, default=None, repr=False)

@@ -14,8 +14,10 @@ from time import perf_counter_ns
 from servinggraph.context import Context
 from servinggraph.errors import ServingGraphError, StepFailed
 from servinggraph.lifecycle.catalog import ServedGraph
+from servinggraph.lifecycle.profile import PROFILE, Profile, wants_profile
 from servinggraph.messages import InferenceRequest, InferenceResponse
 from servinggraph.statistics import StreamProgress, code_of
+from servinggraph.tracing import Recorder
 
 __all__ = ["infer", "stream"]
 
@@ -40,6 +42,7 @@ async def infer(graph: ServedGraph, request: InferenceRequest, context: Context)
     plan = graph.plan
     began = perf_counter_ns()
     outputs = None
+    profile = Profile(context) if context.parameters and wants_profile(context) else None
     if context.trace is not None:
         context.trace.begin(request.inputs)
     try:
@@ -60,7 +63,10 @@ async def infer(graph: ServedGraph, request: InferenceRequest, context: Context)
         else:
             graph.executor.statistics.succeeded(ended, ended - began, request.inputs)
         if context.trace is not None:
+            _note_failure(context.trace, sys.exception())
             context.trace.end(outputs)
+    if profile is not None:
+        context.response_parameters[PROFILE] = profile.text()
     return InferenceResponse(
         plan.name,
         context.version or plan.version,
@@ -113,4 +119,12 @@ async def stream(graph: ServedGraph, request: InferenceRequest, context: Context
         context.run_ended = perf_counter_ns()
         progress.leave()
         if context.trace is not None:
+            _note_failure(context.trace, sys.exception())
             context.trace.end(None)
+
+
+def _note_failure(trace: Recorder, error: BaseException | None) -> None:
+    if isinstance(error, ServingGraphError):
+        trace.failed(error.code.value, error.message, error.node)
+    elif error is not None:
+        trace.failed(code_of(error), "the caller left", None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from servinggraph.errors import ServingGraphError
 from servinggraph.interfaces import FrontEndOptions, Receipt
@@ -18,10 +18,14 @@ from servinggraph.lifecycle.feedback import give_feedback, read_feedback
 from servinggraph.lifecycle.logs import LogSettings
 from servinggraph.lifecycle.metrics import Ledger, read_metrics
 from servinggraph.lifecycle.repository import Repository, RepositorySettings
+from servinggraph.lifecycle.sampling import Sampler
 from servinggraph.lifecycle.shared_memory import SharedMemory
 from servinggraph.lifecycle.traces import TraceSink
 from servinggraph.lifecycle.tracing import Tracing
 from servinggraph.metrics import Readings
+
+if TYPE_CHECKING:
+    from servinggraph.otel import SpanSink
 
 __all__ = ["Serving"]
 
@@ -39,15 +43,22 @@ class Serving:
         failures: where failures of graphs are logged.
         memory: shared memory regions of clients.
         tracing: which requests are traced.
+        spans: where spans for OpenTelemetry go; None where that is off.
         logs: what is logged.
         repository: loads graphs into the catalog and out of it.
 
     Args:
         options: limits and names.
         repository: how the repository is kept; by default there is none to load from.
+        spans: where spans go; by default where the options say.
     """
 
-    def __init__(self, options: FrontEndOptions | None = None, repository: RepositorySettings | None = None) -> None:
+    def __init__(
+        self,
+        options: FrontEndOptions | None = None,
+        repository: RepositorySettings | None = None,
+        spans: SpanSink | None = None,
+    ) -> None:
         self.options = options or FrontEndOptions()
         self.control = Control(AuditLog(Path(self.options.audit_log) if self.options.audit_log else None))
         self.ledger = Ledger(triton=self.options.metrics_compat == "triton") if self.options.metrics == "on" else None
@@ -57,7 +68,9 @@ class Serving:
         self.memory = SharedMemory(allowed=self.options.allow_client_shm, limit=self.options.max_shm_regions)
         self.failures = FailureLog(asyncio.get_running_loop().time)
         self.repository = Repository(self.catalog, repository)
-        self.tracing = Tracing(self.catalog, TraceSink(self.options.trace_file))
+        self.spans = span_sink(self.options) if spans is None else spans
+        sampler = None if self.spans is None else Sampler(self.options.otel_sample, self.spans.add)
+        self.tracing = Tracing(self.catalog, TraceSink(self.options.trace_file), sampler)
         self.logs = LogSettings()
 
     def feedback(self, graph: str, document: Mapping[str, Any], version: str = "") -> dict[str, Receipt]:
@@ -92,4 +105,21 @@ class Serving:
     async def close(self) -> None:
         """Write what is still to be written, and undo what settings changed in the process; the graphs have stopped."""
         await self.tracing.flush()
+        if self.spans is not None:
+            await asyncio.to_thread(self.spans.close)
         self.logs.close()
+
+
+def span_sink(options: FrontEndOptions) -> SpanSink | None:
+    """Return where spans go; None where they are off.
+
+    Raises:
+        ServingGraphError: the packages that they need are not installed.
+    """
+    if options.otel == "off":
+        return None
+    try:
+        from servinggraph.otel import otlp_sink
+    except ImportError as error:
+        raise ServingGraphError(f"--otel on: {error}: pip install 'servinggraph[otel]'") from error
+    return otlp_sink(options.otel_endpoint, options.server_version)

@@ -13,6 +13,7 @@ from typing import Any, Final
 from servinggraph.context import Context
 from servinggraph.errors import InvalidRequest, Unsupported, nearest
 from servinggraph.lifecycle.catalog import Catalog, ServedGraph
+from servinggraph.lifecycle.sampling import BothPickers, Header, Picker
 from servinggraph.lifecycle.traces import TraceSink
 from servinggraph.tracing import Trace
 
@@ -64,11 +65,8 @@ class Tracer:
         """True when it may pick a request."""
         return (self._timestamps or self._tensors) and self.left != 0
 
-    def pick(self, graph: ServedGraph, context: Context, beginning: str) -> None:
-        """Give a request's context a trace if it is this request's turn, with `beginning` as what happens first.
-
-        Whoever asks for it calls the trace's `finish` when the request is answered.
-        """
+    def pick(self, graph: ServedGraph, context: Context, beginning: str, parent: Header = None, state: Header = None) -> None:
+        """Give a request's context a trace if it is this request's turn; see `Picker`."""
         self._seen += 1
         if self._seen < self._rate or not self.active:
             return
@@ -93,10 +91,12 @@ class Tracing:
     Args:
         catalog: the graphs.
         sink: where traces go.
+        sampler: picks requests for OpenTelemetry; None where that is off.
     """
 
-    def __init__(self, catalog: Catalog, sink: TraceSink) -> None:
+    def __init__(self, catalog: Catalog, sink: TraceSink, sampler: Picker | None = None) -> None:
         self._catalog = catalog
+        self._sampler = sampler
         self._sink = sink
         self._everywhere: dict[str, Setting] = dict(_START)
         self._own: dict[str, dict[str, Setting]] = {}
@@ -168,7 +168,9 @@ class Tracing:
         """Give each graph its tracer, or none."""
         for graph in self._catalog.graphs():
             tracer = self._tracers.get(graph.plan.name, self._tracer)
-            graph.tracer = tracer if tracer.active else None
+            graph.tracer = self._sampler
+            if tracer.active:
+                graph.tracer = tracer if self._sampler is None else BothPickers(tracer, self._sampler)
 
     def _check(self, graph: str) -> None:
         if graph and all(served.plan.name != graph for served in self._catalog.graphs()):

@@ -53,8 +53,7 @@ class ModelInfer:
                 return answer_feedback(message, raw, requests.serving)
             found = requests.find(message)
             request = requests.decode(found, message, raw, call, context)
-            if request.graph.tracer is not None:
-                request.graph.tracer.pick(request.graph, context, "GRPC_WAITREAD_END")
+            requests.trace(request, context)
             if request.decoupled:
                 raise Unsupported(
                     f"ModelInfer RPC doesn't support models with decoupled transaction policy: '{context.graph}' gives any "

@@ -120,6 +120,13 @@ class Requests:
             context.deadline = graph.executor.now() + left
         return Request(graph, decoupled, request)
 
+    def trace(self, request: Request, context: Context) -> None:
+        """Give a request a trace, if it is to have one."""
+        tracer = request.graph.tracer
+        if tracer is not None:
+            headers = context.headers
+            tracer.pick(request.graph, context, "GRPC_WAITREAD_END", headers.get("traceparent"), headers.get("tracestate"))
+
     def encode(self, response: InferenceResponse, request: Request) -> bytes:
         """Encode an answer.
 

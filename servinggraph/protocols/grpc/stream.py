@@ -218,8 +218,7 @@ class _Stream:
         except ServingGraphError as error:
             await self._refuse(error, message, context, request.found, before, turn)
             return
-        if request.graph.tracer is not None:
-            request.graph.tracer.pick(request.graph, context, "GRPC_WAITREAD_END")
+        self._requests.trace(request, context)
         try:
             response = await infer(request.graph, request.request, context)
             item = stream_item(self._requests.encode(response, request), final=True)
@@ -249,8 +248,7 @@ class _Stream:
             self._requests.report(error, context, request.found)
             await self._write(error_item(text_of(error), message))
             return
-        if request.graph.tracer is not None:
-            request.graph.tracer.pick(request.graph, context, "GRPC_WAITREAD_END")
+        self._requests.trace(request, context)
         try:
             async with aclosing(answers_of(request.graph, request.request, context)) as answers:
                 async for answer in answers:

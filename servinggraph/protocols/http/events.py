@@ -165,7 +165,7 @@ class EventExchange(Exchange[Any]):
             self.count_failure(graph, error.code)
             await send_whole(send, *error_response(error))
             return
-        _trace(graph, context)
+        _trace(graph, context, headers)
         events = _Events(scope, send, self.event_fields, self._stall_s)
         failure: ServingGraphError | None = None
         try:
@@ -210,9 +210,9 @@ class EventExchange(Exchange[Any]):
             events.cut_off()
 
 
-def _trace(graph: ServedGraph, context: Context) -> None:
+def _trace(graph: ServedGraph, context: Context, headers: dict[bytes, bytes]) -> None:
     if graph.tracer is not None:
-        graph.tracer.pick(graph, context, "HTTP_RECV_START")
+        graph.tracer.pick(graph, context, "HTTP_RECV_START", headers.get(b"traceparent"), headers.get(b"tracestate"))
 
 
 def encoded(

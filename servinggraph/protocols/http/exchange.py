@@ -142,7 +142,7 @@ class Exchange(ABC, Generic[AnswerT]):
             await send_whole(send, *error_response(error))
             return
         if graph.tracer is not None:
-            graph.tracer.pick(graph, context, "HTTP_RECV_START")
+            graph.tracer.pick(graph, context, "HTTP_RECV_START", headers.get(b"traceparent"), headers.get(b"tracestate"))
         try:
             body = await self.read_body(receive, headers)
             context.arrived = perf_counter_ns()
@@ -190,6 +190,8 @@ class Exchange(ABC, Generic[AnswerT]):
     def report(self, error: ServingGraphError, graph: ServedGraph, context: Context) -> None:
         """Count a failure, and log those that are ours or the graph's; a caller's mistakes are told to the caller only."""
         self.count_failure(graph, error.code)
+        if context.trace is not None:
+            context.trace.failed(error.code.value, error.message, error.node)
         if isinstance(error, StepFailed):
             self._failures.report(graph.plan.name, context.id, error)
 

@@ -122,7 +122,8 @@ class Addressing:
 
     def _copied(self, work: Work) -> list[tuple[str, bytes | None]]:
         """Return the headers of a request that its answer has as well: trace context, correlation, the caller's own."""
-        return [header for header in work.record.headers if header[0] not in _NOT_COPIED]
+        copied = [header for header in work.record.headers if header[0] not in _NOT_COPIED and header[0] not in work.trace]
+        return [*copied, *((name, value.encode()) for name, value in work.trace.items())]
 
     def _key(self, work: Work) -> bytes | None:
         if self._output.key == "same":

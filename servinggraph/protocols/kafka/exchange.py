@@ -22,6 +22,7 @@ from servinggraph.errors import (
 )
 from servinggraph.kafka import KafkaOptions, headers as names
 from servinggraph.lifecycle import ServedGraph, Serving, infer
+from servinggraph.lifecycle.sampling import Picker
 from servinggraph.protocols.kafka.cloudevents import ID, is_structured, unwrapped
 from servinggraph.protocols.kafka.codec import Answer, Decoded, decode
 from servinggraph.protocols.kafka.records import Work
@@ -122,7 +123,7 @@ class Exchange:
         graph = work.graph = self._find(name, version)
         context.graph = graph.plan.name
         if graph.tracer is not None:
-            graph.tracer.pick(graph, context, "KAFKA_READ")
+            _trace(graph.tracer, work, graph, context)
         decoded = await self._decode(work, graph)
         request = decoded.request
         if given and not request.id:
@@ -221,3 +222,11 @@ class Exchange:
         except InvalidRequest:
             return False
         return until is not None and until <= self._wall()
+
+
+def _trace(tracer: Picker, work: Work, graph: ServedGraph, context: Context) -> None:
+    """Give a record a trace, if it is to have one, and its answer the headers that say so."""
+    headers = work.headers
+    tracer.pick(graph, context, "KAFKA_READ", headers.get(names.TRACEPARENT), headers.get(names.TRACESTATE))
+    if context.trace is not None:
+        work.trace = context.trace.headers("")

@@ -105,6 +105,7 @@ class Work:
         attempts: how often it was tried, the attempt under way included.
         cancel: undoes what is waited for: an attempt under way, or the pause before one; None when nothing is.
         graph: the graph that it is for; None until that is found.
+        trace: headers that make whoever reads the answer a part of the request's trace; none where it has none of its own.
         verdict: what is known to be wrong before it is tried; None for most.
         no_reply: True when whoever asked cannot be told: the reply topic does not work.
     """
@@ -120,6 +121,7 @@ class Work:
         "partition",
         "record",
         "size",
+        "trace",
         "value",
         "verdict",
     )
@@ -137,6 +139,7 @@ class Work:
         self.graph: ServedGraph | None = None
         self.verdict: Verdict | None = None
         self.no_reply = False
+        self.trace: Mapping[str, str] = {}
 
     @property
     def place(self) -> Place:

@@ -19,6 +19,7 @@ from servinggraph.steps.remote.failures import CallFailed, garbage, refused
 from servinggraph.steps.remote.headers import Secrets, forwarded, plain_headers
 from servinggraph.steps.remote.templates import Field as TemplateField, UrlTemplate, document_template, look_up
 from servinggraph.tensors import Signature, TensorSpec
+from servinggraph.tracing import trace_headers
 
 __all__ = ["Rest", "RestOptions"]
 
@@ -159,7 +160,7 @@ class Rest(Step[RestOptions]):
 
         async def call(value: Any, context: Context) -> Any:
             url = f"{self._base}{self._url.fill(value, context)}{self._secrets}"
-            headers = {**forwarded(context.headers, self._passed), **self._headers}
+            headers = {**forwarded(context.headers, self._passed), **trace_headers(context, self.name), **self._headers}
             body = self._body(value, context)
             if body is not None:
                 headers.setdefault("Content-Type", "application/json")

@@ -21,6 +21,7 @@ from servinggraph.steps.remote.fleet import Fleet
 from servinggraph.steps.remote.headers import Secrets, forwarded, plain_headers
 from servinggraph.steps.remote.metadata import Mismatch, NoMetadata, compare, fetch_metadata
 from servinggraph.tensors import Signature, TensorSpec
+from servinggraph.tracing import trace_headers
 
 __all__ = ["V2", "V2Options"]
 
@@ -153,7 +154,7 @@ class V2(Step[V2Options]):
 
         async def infer(value: Any, context: Context) -> Any:
             tensors = self._chosen(value)
-            headers = forwarded(context.headers, self._passed)
+            headers = forwarded(context.headers, self._passed) | trace_headers(context, self.name)
             call = Call(tensors, outputs, context.id, None, headers, self._parameters(context.parameters))
             try:
                 return await fleet.infer(call, context.deadline)

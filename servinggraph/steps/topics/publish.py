@@ -55,7 +55,8 @@ class Publish(TopicStep[PublishOptions]):
 
         def record(value: Any, context: Context) -> Record:
             body, own = encode(value, options.format, context.id)
-            return Record(body, writer.key(value, context), record_headers(context, context.id, options.headers, own))
+            headers = record_headers(context, context.id, options.headers, own, self.name)
+            return Record(body, writer.key(value, context), headers)
 
         async def publish(value: Any, context: Context) -> Any:
             await writer.write(record(value, context))

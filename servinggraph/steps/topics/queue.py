@@ -63,7 +63,8 @@ class Queue(TopicStep[QueueOptions]):
             named = context.id or uuid.uuid4().hex
             body, own = encode(value, options.format, named)
             key = named.encode() if options.key == "id" else writer.key(value, context)
-            place = await writer.write(Record(body, key, record_headers(context, named, options.headers, {**own, **fixed})))
+            headers = record_headers(context, named, options.headers, {**own, **fixed}, self.name)
+            place = await writer.write(Record(body, key, headers))
             return {
                 "id": _bytes(named),
                 "topic": topic,

@@ -16,6 +16,7 @@ from servinggraph.importing import ImportProblem
 from servinggraph.interfaces import BatchPolicy, Step
 from servinggraph.kafka import ConnectionOptions, headers as names
 from servinggraph.routers.selection.keys import key_reader
+from servinggraph.tracing import trace_headers
 
 __all__ = ["Record", "TopicOptions", "TopicStep", "TopicWriter", "record_headers"]
 
@@ -156,9 +157,10 @@ class TopicWriter:
             await self._producer.stop()
 
 
-def record_headers(context: Context, id: str, wanted: list[str], own: Mapping[str, bytes]) -> dict[str, bytes]:
+def record_headers(context: Context, id: str, wanted: list[str], own: Mapping[str, bytes], node: str) -> dict[str, bytes]:
     """Return the headers of a request's record: those of the request that are wanted, its id, and those of the format."""
     passed = {name: context.headers[name].encode() for name in wanted if name in context.headers}
+    passed |= {name: value.encode() for name, value in trace_headers(context, node).items() if name in wanted}
     return {**passed, **({names.REQUEST_ID: id.encode()} if id else {}), **own}
 
 
