@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from servinggraph import Graph, InvalidRequest, steps
 from servinggraph.errors import DeadlineExceeded, GraphInvalid, StepFailed
@@ -59,6 +60,19 @@ def total(value, state):
 async def slow(value):
     import asyncio
     await asyncio.sleep(60)
+
+class Linear:
+    def __init__(self, output, factor, addend):
+        self.output, self.factor, self.addend = output, factor, addend
+
+    def __call__(self, value):
+        return {self.output: sum(value.values()) * self.factor + self.addend}
+
+class SlowLinear(Linear):
+    async def __call__(self, value):
+        import asyncio
+        await asyncio.sleep(0)
+        return super().__call__(value)
 """
 X = "inputs: {x: {datatype: FP32, shape: [-1]}}\n"
 INNER = f"graph: inner\n{X}nodes:\n  twice: {{step: python, call: 'nested_steps:double'}}\nanswer: twice\n"
@@ -114,6 +128,54 @@ def test_graphs_in_graphs_in_branches_of_routers(folder):
     assert "pick.nested.deep.twice" in [inner.name for inner in graph.compile().every_node()]
     with graph.mock() as server:
         assert [2, 6] == server.infer(x=[1, 3]).outputs["y"].tolist()
+
+
+@st.composite
+def dags(draw):
+    """A random graph: (name, sources, factor, addend, class, batch) of each node; the last one joins all that dangle."""
+    nodes, dangling = [], []
+    size = draw(st.integers(1, 6))
+    for index in range(size):
+        known = ["inputs", *(node[0] for node in nodes)]
+        last = index == size - 1
+        sources = (
+            (dangling or ["inputs"]) if last else draw(st.lists(st.sampled_from(known), min_size=1, max_size=3, unique=True))
+        )
+        kind = draw(st.sampled_from(["Linear", "SlowLinear"]))
+        nodes.append((f"n{index}", sources, draw(st.integers(-2, 2)), draw(st.integers(-3, 3)), kind, draw(st.booleans())))
+        dangling = [name for name in dangling if name not in sources] + [f"n{index}"]
+    return nodes
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    dag=dags(),
+    depth=st.integers(1, 3),
+    rows=st.lists(st.lists(st.integers(-5, 5), min_size=1, max_size=3), min_size=1, max_size=4),
+)
+def test_any_graph_gives_as_a_node_what_it_gives_alone(folder, dag, depth, rows):
+    nodes = {}
+    for name, sources, factor, addend, kind, batch in dag:
+        output = "y" if name == dag[-1][0] else name
+        init = f"{{output: {output}, factor: {factor}, addend: {addend}}}"
+        nodes[name] = node(kind, init=init, after=f"[{', '.join(sources)}]", batch="{max_rows: 4}" if batch else "false")
+    inner = graph_text("inner", nodes, dag[-1][0])
+    files = {f"level{level}": graph_text(f"l{level}", {"in": f"{{step: graph, path: {below}.yaml}}"}, "in")
+             for level, below in enumerate(["inner", *(f"level{number}" for number in range(depth - 1))])}  # fmt: skip
+    part = f"{{step: graph, path: level{depth - 1}.yaml}}"
+    branches = f"{{left: {part}, right: {part}}}"
+    outer = graph_text("outer", {"both": f"{{router: ensemble, combine: mean, branches: {branches}}}"}, "both")
+    graph = write(folder, inner=inner, **files, outer=outer)
+
+    async def main():
+        async with graph.mock() as server:
+            return await asyncio.gather(*(server.infer(x=x) for x in rows))
+
+    for x, reply in zip(rows, asyncio.run(main()), strict=True):
+        columns = {"inputs": np.array(x, "f4")}
+        for name, sources, factor, addend, _, _ in dag:
+            columns[name] = sum(columns[source] for source in sources) * factor + addend
+        assert columns[dag[-1][0]].tolist() == reply.outputs["y"].tolist()
 
 
 def test_a_dag_inside_joins_as_it_does_alone(folder):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from servinggraph.steps.remote.balancing import Balancer, Ejection, Member
 from servinggraph.steps.remote.calls import Call, Transport
@@ -24,11 +24,21 @@ class Fleet:
         node: name of the node, for the log.
         transports: the way to each server.
         policy: when one is left alone.
+        hide: takes secrets out of what servers say.
         idempotent: whether a request may run twice: it then goes on to the next server also after it was sent.
     """
 
-    def __init__(self, node: str, transports: Mapping[Endpoint, Transport], policy: Ejection, *, idempotent: bool) -> None:
+    def __init__(
+        self,
+        node: str,
+        transports: Mapping[Endpoint, Transport],
+        policy: Ejection,
+        hide: Callable[[str], str],
+        *,
+        idempotent: bool,
+    ) -> None:
         self._node = node
+        self._hide = hide
         self._transports = transports
         self._balancer = Balancer(list(transports))
         self._policy = policy
@@ -71,6 +81,7 @@ class Fleet:
         try:
             answer = await self._transports[member.value].infer(call)
         except CallFailed as failure:
+            failure.error.message = self._hide(failure.error.message)
             if failure.unhealthy:
                 self._failed(member, failure)
             raise
@@ -89,7 +100,7 @@ class Fleet:
     def _failed(self, member: Member[Endpoint], failure: CallFailed) -> None:
         pause = member.failed(self._policy) if len(self._balancer.members) > 1 else None
         if pause is not None:
-            logger.warning("node '%s': %s is left alone for %.1f s: %s", self._node, member.value, pause, failure)
+            logger.warning("node '%s': %s is left alone for %.1f s: %s", self._node, member.value, pause, failure.error.message)
             self._ask_later(member, pause)
 
     def _ask_later(self, member: Member[Endpoint], pause: float) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Mapping
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
-from urllib.error import HTTPError, URLError
 from urllib.parse import quote
-from urllib.request import Request, urlopen
 
 import orjson
 
@@ -66,19 +65,27 @@ def compare(metadata: Mapping[str, Any], inputs: Mapping[str, TensorSpec], outpu
 def _over_http(
     endpoint: Endpoint, model: str, version: str, headers: Mapping[str, str], timeout_s: float, tls_ca: str | None
 ) -> dict[str, Any]:
-    url = f"{endpoint}/v2/models/{quote(model, safe='')}" + (f"/versions/{quote(version, safe='')}" if version else "")
-    trusted = ssl.create_default_context(cafile=tls_ca) if endpoint.tls else None
+    path = f"{endpoint.path}/v2/models/{quote(model, safe='')}" + (f"/versions/{quote(version, safe='')}" if version else "")
+    host = endpoint.host.strip("[]")
+    # Neither proxies of the environment nor redirects: headers may be secret.
+    connection = (
+        HTTPSConnection(host, endpoint.port, timeout=timeout_s, context=ssl.create_default_context(cafile=tls_ca))
+        if endpoint.tls
+        else HTTPConnection(host, endpoint.port, timeout=timeout_s)
+    )
     try:
-        with urlopen(Request(url, headers=dict(headers)), timeout=timeout_s, context=trusted) as answer:  # noqa: S310  (http alone)
-            document = orjson.loads(answer.read(_MOST_BYTES))
-    except HTTPError as error:
-        with error:
-            text = error.read(500).decode("utf-8", "replace")
-        if error.code in (400, 404):
-            raise Mismatch(f"it answered {error.code}: {text}") from error
-        raise NoMetadata(f"it answered {error.code}: {text}") from error
-    except (URLError, OSError, ValueError) as error:
-        raise NoMetadata(str(getattr(error, "reason", error))) from error
+        connection.request("GET", path, headers=dict(headers))
+        answer = connection.getresponse()
+        body = answer.read(_MOST_BYTES)
+        if answer.status in (400, 404):
+            raise Mismatch(f"it answered {answer.status}: {body[:500].decode('utf-8', 'replace')}")
+        if answer.status != 200:
+            raise NoMetadata(f"it answered {answer.status}: {body[:500].decode('utf-8', 'replace')}")
+        document = orjson.loads(body)
+    except (HTTPException, OSError, ValueError) as error:
+        raise NoMetadata(str(error)) from error
+    finally:
+        connection.close()
     if not isinstance(document, dict):
         raise NoMetadata("its metadata is no JSON object")
     return document

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field, SecretStr, field_validator
 
@@ -27,6 +27,10 @@ __all__ = ["V2", "V2Options"]
 
 logger = logging.getLogger("servinggraph.steps")
 
+_RESERVED: Final = frozenset(
+    {"sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "headers", "binary_data_output"}
+)
+
 
 class V2Options(Options):
     """A model on another server, over HTTP or gRPC."""
@@ -47,7 +51,9 @@ class V2Options(Options):
         description="Headers of the caller that go along, beside traceparent, tracestate and x-request-id; not from a batch.",
     )
     pass_parameters: list[str] = Field(
-        default_factory=list, description="V2 parameters of the caller that go along; not from a batch."
+        default_factory=list,
+        description="V2 parameters of the caller that go along, except the protocol's own (`sequence_id`, `priority`); "
+        "not from a batch.",
     )
     metadata: Literal["compare", "require", "ignore"] = Field(
         "compare",
@@ -75,6 +81,14 @@ class V2Options(Options):
         if len({endpoint_of(one) for one in urls}) < len(urls):
             raise ValueError("names an address twice")
         return url
+
+    @field_validator("pass_parameters")
+    @classmethod
+    def _not_the_protocols(cls, names: list[str]) -> list[str]:
+        taken = [name for name in names if name in _RESERVED or name.startswith("triton_")]
+        if taken:
+            raise ValueError(f"'{taken[0]}' is the protocol's own, and says something about this server's request alone")
+        return names
 
     @field_validator("headers")
     @classmethod
@@ -148,9 +162,9 @@ class V2(Step[V2Options]):
         self._loop = asyncio.get_running_loop()
         options = self.options
         transports = {endpoint: self._transport(endpoint) for endpoint in self._endpoints}
-        fleet = self._fleet = Fleet(self.name, transports, options.ejection, idempotent=options.idempotent)
-        outputs = tuple(self.declared_outputs or ())
         hide = Secrets(self._headers.values()).hide
+        fleet = self._fleet = Fleet(self.name, transports, options.ejection, hide, idempotent=options.idempotent)
+        outputs = tuple(self.declared_outputs or ())
 
         async def infer(value: Any, context: Context) -> Any:
             tensors = self._chosen(value)
@@ -159,7 +173,6 @@ class V2(Step[V2Options]):
             try:
                 return await fleet.infer(call, context.deadline)
             except CallFailed as failure:
-                failure.error.message = hide(failure.error.message)
                 raise failure.error from failure.__cause__
 
         return Operation(infer, suspends=True)

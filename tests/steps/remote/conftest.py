@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -71,7 +72,7 @@ GRAPHS = {
 class Other:
     """A servinggraph process."""
 
-    def __init__(self, folder: Path, ports: tuple[int, int] = (0, 0)) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
         folder.mkdir(exist_ok=True)
         for name, (inputs, call) in GRAPHS.items():
             (folder / f"{name}.yaml").write_text(
@@ -79,7 +80,7 @@ class Other:
             )
         (folder / "other_steps.py").write_text(STEPS)
         command = [sys.executable, "-m", "servinggraph", "serve", str(folder), "--log-format", "json", "--grace-s", "0"]
-        command += ["--http-port", str(ports[0]), "--grpc-port", str(ports[1])]
+        command += ["--http-port", "0", "--grpc-port", "0", *options]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
         for line in self.process.stderr:
@@ -107,17 +108,45 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Other]:
     server.stop()
 
 
+@pytest.fixture
+def start_other(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Other]]:
+    """Return what starts another one, with options of `serve`, for a test that does it harm."""
+    started: list[Other] = []
+
+    def start(*options: str) -> Other:
+        started.append(Other(tmp_path_factory.mktemp("other"), *options))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Return files of a certificate for this machine, which is its own root, and of its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "s.key", "-out", "s.pem", "-days", "2"]
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
+    subprocess.run([*command, *names], cwd=folder, check=True, capture_output=True)
+    return str(folder / "s.pem"), str(folder / "s.key")
+
+
 class BadServer:
     """Takes connections on a port and does to each what it is told; counts them."""
 
-    def __init__(self, behave: Callable[[socket.socket], None]) -> None:
+    def __init__(self, behave: Callable[[socket.socket], None], certificate: tuple[str, str] | None = None) -> None:
         self.behave = behave
+        self._tls: ssl.SSLContext | None = None
+        if certificate is not None:
+            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._tls.load_cert_chain(*certificate)
         self.requests = 0
         self.seen: list[bytes] = []
         self._socket = socket.create_server(("127.0.0.1", 0))
         self._open: list[socket.socket] = []
         self.port = self._socket.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http{'s' if certificate else ''}://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
@@ -132,6 +161,8 @@ class BadServer:
 
     def _talk(self, connection: socket.socket) -> None:
         try:
+            if self._tls is not None:
+                connection = self._tls.wrap_socket(connection, server_side=True)
             while request := read_request(connection):
                 self.requests += 1
                 self.seen.append(request)
@@ -163,12 +194,12 @@ def read_request(connection: socket.socket) -> bytes:
 
 
 @pytest.fixture
-def bad_server() -> Iterator[Callable[[Callable[[socket.socket], None]], BadServer]]:
+def bad_server() -> Iterator[Callable[..., BadServer]]:
     """Return what makes a server that behaves as a function of its connection says."""
     made: list[BadServer] = []
 
-    def make(behave: Callable[[socket.socket], None]) -> BadServer:
-        made.append(BadServer(behave))
+    def make(behave: Callable[[socket.socket], None], certificate: tuple[str, str] | None = None) -> BadServer:
+        made.append(BadServer(behave, certificate))
         return made[-1]
 
     yield make

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import sys
+import threading
 import time
 
 import ml_dtypes
@@ -101,6 +103,55 @@ def test_secrets_are_in_no_text_for_people(other, monkeypatch):
     texts = [str(refused.value), str(in_url.value), plan.nodes[0].work.describe(), repr(plan)]
     assert "user name or password" in texts[1]
     assert not [text for text in texts if "hunter" in text]
+
+
+def test_what_a_server_quotes_of_a_secret_is_taken_out(bad_server, caplog):
+    place = bad_server(lambda connection: connection.sendall(answer("503 No", b"Bearer hunter2222 again?")))
+    graph = graph_of([place.url, place.url + "/b"], headers={"Authorization": "Bearer hunter2222"}, ejection={"failures": 1})
+    with graph.mock() as server, pytest.raises(Unavailable, match=r"answered 503: \*\*\* again\?"):
+        server.infer(x=[1])
+    assert "left alone" in caplog.text
+    assert "hunter" not in caplog.text
+
+
+def test_packages_that_are_missing_are_named_when_the_graph_is_compiled(monkeypatch):
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    for step in (steps.V2("http://a:1", "m"), steps.Rest("http://a:1")):
+        graph = Graph("g", inputs=X)
+        graph.to(step, name="far").respond()
+        with pytest.raises(GraphInvalid, match=r"node 'far': needs packages .*pip install 'servinggraph.remote.'"):
+            graph.compile()
+
+
+def test_a_server_that_is_killed_in_the_middle_of_a_request(start_other):
+    for protocol in ("http", "grpc"):
+        other = start_other()
+
+        def kill(other=other):
+            while not counted(other)["begun"]:
+                pass
+            other.process.kill()
+
+        with graph_of(getattr(other, protocol), "slow").mock() as server:
+            killer = threading.Thread(target=kill)
+            killer.start()
+            with pytest.raises(Unavailable, match="node 'far': .* closed the connection before its answer was there"):
+                server.infer(x=[1])
+            killer.join()
+            with pytest.raises(Unavailable, match="node 'far': cannot connect to"):
+                server.infer(x=[1])
+
+
+def test_connections_are_encrypted_and_certificates_are_checked(start_other, bad_server, certificate):
+    other = start_other("--grpc-tls-cert", certificate[0], "--grpc-tls-key", certificate[1])
+    web = bad_server(lambda connection: connection.sendall(answer(body=V2_ANSWER)), certificate)
+    for place in (other.grpc.replace("grpc", "grpcs"), web.url):
+        with graph_of(place, tls_ca=certificate[0]).mock() as server:
+            assert [7] == server.infer(x=[3.5]).outputs["y"].tolist()
+        with graph_of(place).mock() as server, pytest.raises(Unavailable, match="node 'far': cannot connect to"):
+            server.infer(x=[3.5])
+    with graph_of(other.grpc.replace("grpc", "grpcs"), tls_ca=certificate[0], metadata="require").mock():
+        pass
 
 
 def test_a_batch_goes_as_one_request(bad_server):
@@ -334,6 +385,7 @@ def test_an_address_that_fails_is_left_alone_until_it_is_ready(bad_server):
         before = len(asked)
         while len(asked) < before + 3:  # a failure, and probes that it does not answer well
             server.infer(x=[1])
+        assert any(request.startswith(b"GET /v2/health/ready ") for request in ill.seen)
         sick.clear()
         healthy = ill.requests
         end = time.monotonic() + 10
@@ -353,6 +405,7 @@ def test_an_address_that_fails_is_left_alone_until_it_is_ready(bad_server):
         ({"url": ["http://a:1", "http://a:1/"]}, "'url': names an address twice"),
         ({"url": "http://a:1", "headers": {"Host": "b"}}, "'headers': 'Host' cannot be given"),
         ({"url": "http://a:1", "tls_ca": "no.pem"}, "file 'no.pem' does not exist"),
+        ({"url": "http://a:1", "pass_parameters": ["priority"]}, "'pass_parameters': 'priority' is the protocol's own"),
         ({"url": "http://a:1", "ejecton": {}}, "unknown key 'ejecton'; did you mean 'ejection'?"),
     ],
 )
