@@ -34,6 +34,8 @@ class Receipt(Enum):
     """It has had feedback for this request already; nothing has changed."""
     UNKNOWN = "unknown"
     """It does not remember this request: it never answered it, or too long ago."""
+    PASSED_ON = "passed_on"
+    """It does not remember this request; the workers that share its state are asked, and the one that does takes it."""
     UNUSED = "unused"
     """It has no use for such feedback."""
 

@@ -363,6 +363,10 @@ class Router(ABC, Generic[OptionsT]):
     def take_in(self, everyone: Learned) -> None:
         """Know what all workers have learned, what was handed out here included, beside what came here since then."""
 
+    def knows(self, id: str) -> bool:
+        """Tell whether it remembers a request, for feedback that came to another worker."""
+        return False
+
     def feedback(self, record: Feedback) -> Receipt:
         """Take the outcome of an earlier request, and say what became of it.
 

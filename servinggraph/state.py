@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -66,10 +66,33 @@ class StateStore(ABC):
         """
         raise NotImplementedError
 
+    def tell(self, key: str, messages: Sequence[bytes], seen: str) -> tuple[str, list[bytes]]:
+        """Tell all workers something, and return what was told since: to where, and the messages, one's own included.
+
+        Args:
+            key: whose state it is.
+            messages: what to tell. It is there for a minute.
+            seen: to where this worker has seen; empty at first.
+
+        Raises:
+            StateFailed: it may have been told or not.
+        """
+        raise NotImplementedError
+
     def close(self) -> None:
         """Let go of connections."""
         return
 
+
+_TELL: Final = """
+for i = 2, #ARGV do redis.call('XADD', KEYS[1], 'MAXLEN', '~', 10000, '*', 'm', ARGV[i]) end
+if redis.call('EXISTS', KEYS[1]) == 0 then return {} end
+local now = redis.call('TIME')
+redis.call('XTRIM', KEYS[1], 'MINID', (now[1] - 60) .. '000')
+redis.call('EXPIRE', KEYS[1], 120)
+return redis.call('XRANGE', KEYS[1], '(' .. ARGV[1], '+')
+"""
+"""A stream that keeps what was told in the last minute; workers that look each second miss nothing."""
 
 _ADD: Final = """
 local function sum(one, other)
@@ -157,6 +180,7 @@ class RedisStore(StateStore):
     adds_up = True
     _PREFIX = "servinggraph:state:"
     _SUMS = "servinggraph:sums:"
+    _TOLD = "servinggraph:told:"
     _REMEMBER_S = 24 * 3600  # how long a worker may try to have its last addition added
 
     def __init__(self, url: str) -> None:
@@ -197,6 +221,14 @@ class RedisStore(StateStore):
         found = {name.decode(): data for name, data in zip(flat[::2], flat[1::2], strict=True)}
         era = int(found.pop("#era", learned.era))
         return Learned(era, {name: np.frombuffer(data, "<f8") for name, data in found.items()})
+
+    def tell(self, key: str, messages: Sequence[bytes], seen: str) -> tuple[str, list[bytes]]:
+        try:
+            told: Any = self._client.eval(_TELL, 1, self._TOLD + key, seen or "0-0", *messages)
+        except self._failures as error:
+            raise StateFailed(f"cannot tell other workers of '{key}' through Redis: {error}") from error
+        last = told[-1][0].decode() if told else seen
+        return last, [fields[1] for _, fields in told]
 
     def close(self) -> None:
         self._client.close()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from servinggraph.errors import Conflict, GraphNotFound, InvalidRequest, StepFailed, nearest
-from servinggraph.interfaces import Router
+from servinggraph.interfaces import Feedback, Router
 from servinggraph.lifecycle.audit import AuditLog
 from servinggraph.lifecycle.sharing import Sharing
 from servinggraph.plan import Plan
@@ -99,6 +99,10 @@ class RouterSeat:
                 self._control.leave(self)
                 if store is not None:
                     store.close()
+
+    def pass_on(self, record: Feedback) -> bool:
+        """Have the workers that share the router's state asked for a request; return False where there are none."""
+        return self._sharing is not None and self._sharing.pass_on(record)
 
     def let_go(self) -> None:
         """Have the router end what no caller waits for; it is stopped soon."""

@@ -56,6 +56,8 @@ def give_feedback(seats: Mapping[str, RouterSeat], record: Feedback, graph: str)
     receipts: dict[str, Receipt] = {}
     for name, seat in seats.items():
         receipt = seat.router.feedback(record)
+        if receipt is Receipt.UNKNOWN and seat.pass_on(record):
+            receipt = Receipt.PASSED_ON
         if receipt is not Receipt.UNUSED:
             receipts[name] = receipt
     if not receipts:

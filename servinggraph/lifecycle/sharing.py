@@ -2,24 +2,34 @@
 
 Each worker hands out what it has learned since the last time, as numbers that add up, and takes in
 the sum of all. A worker that dies loses what it had not handed out, at most one interval. What was
-sent without an answer is sent again under the same number, so that it counts once.
+sent without an answer is sent again under the same number, so that it counts once. Feedback for a
+request that another worker answered is told to all, and the one that knows the request takes it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 from uuid import uuid4
 
-from servinggraph.errors import InvalidRequest
-from servinggraph.interfaces import Learned, Router
+import numpy as np
+import orjson
+
+from servinggraph.errors import InvalidRequest, ServingGraphError
+from servinggraph.interfaces import Feedback, Learned, Router
 from servinggraph.state import StateFailed, StateStore
 
 __all__ = ["SHARE_EVERY_S", "Sharing"]
 
 logger = logging.getLogger("servinggraph.control")
+
+_LONGEST: Final = 16_384
+"""Most bytes of feedback that is passed on."""
+
+_MOST_BYTES: Final = 2_000_000
+"""Most bytes of feedback that wait to be passed on; what is over that is not known, and its caller told so."""
 
 SHARE_EVERY_S: Final = 1.0
 """How often workers exchange what they have learned."""
@@ -45,6 +55,24 @@ class Sharing:
         self._timer: asyncio.TimerHandle | None = None
         self._running: asyncio.Task[None] | None = None
         self._failing = False
+        self._passing_on: list[bytes] = []
+        self._bytes = 0
+        self._seen = ""
+
+    def pass_on(self, record: Feedback) -> bool:
+        """Have the worker take feedback that knows its request; return False where it cannot be passed on."""
+        if not record.id:
+            return False
+        said = {name: getattr(record, name) for name in ("id", "variant", "reward", "metric", "node")}
+        try:
+            message = orjson.dumps(said | {"truth": _plain(record.truth)})
+        except (TypeError, ValueError):  # text that is no UTF-8
+            return False
+        if len(message) > _LONGEST or self._bytes + len(message) > _MOST_BYTES:
+            return False
+        self._passing_on.append(message)
+        self._bytes += len(message)
+        return True
 
     async def start(self) -> None:
         """Exchange for the first time, and then again and again.
@@ -78,14 +106,32 @@ class Sharing:
             self._unsent = self._router.hand_out()
             self._number += 1
         assert self._unsent is not None  # as it has from the start
-        saved, everyone = await asyncio.to_thread(self._ask, self._unsent)
+        passing_on = tuple(self._passing_on)
+        saved, everyone, (self._seen, told) = await asyncio.to_thread(self._ask, self._unsent, passing_on)
         self._unsent = None
+        del self._passing_on[: len(passing_on)]
+        self._bytes -= sum(map(len, passing_on))
         if saved is not None:
             self._follow(saved)
         self._router.take_in(everyone)
+        for message in told:
+            self._take(Feedback(**orjson.loads(message)))
 
-    def _ask(self, learned: Learned) -> tuple[dict[str, Any] | None, Learned]:
-        return self._store.load(self._key), self._store.add(self._key, self._worker, self._number, learned)
+    def _ask(
+        self, learned: Learned, passing_on: Sequence[bytes]
+    ) -> tuple[dict[str, Any] | None, Learned, tuple[str, list[bytes]]]:
+        saved = self._store.load(self._key)
+        everyone = self._store.add(self._key, self._worker, self._number, learned)
+        return saved, everyone, self._store.tell(self._key, passing_on, self._seen)
+
+    def _take(self, record: Feedback) -> None:
+        """Take feedback that came to some worker, if the request is known here."""
+        if not self._router.knows(record.id):
+            return
+        try:
+            self._router.feedback(record)
+        except ServingGraphError as error:
+            logger.warning("router '%s' could not use feedback that came to another worker: %s", self._router.name, error)
 
     def _follow(self, saved: Mapping[str, Any]) -> None:
         """Take up settings that were changed in another worker."""
@@ -120,3 +166,14 @@ class Sharing:
             if self._failing:
                 logger.warning("router '%s' exchanges again what it learns", self._router.name)
             self._failing = False
+
+
+def _plain(truth: Any) -> Any:
+    """Return a truth as JSON can hold it."""
+    if isinstance(truth, np.ndarray):
+        return _plain(truth.tolist())
+    if isinstance(truth, Mapping):
+        return {name: _plain(value) for name, value in truth.items()}
+    if isinstance(truth, list):
+        return [_plain(value) for value in truth]
+    return truth.decode() if isinstance(truth, bytes) else truth

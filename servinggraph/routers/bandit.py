@@ -44,7 +44,7 @@ class Bandit(Router[BanditOptions]):
 
     Which one answered stands in the response's parameters, `<node>.variant`. What is learned are
     sums over rewards, so a reward that comes late or out of order counts like any other. Requests are
-    remembered by id in this process; feedback that names a variant instead can go to any.
+    remembered by id in the process that answered; of several decisions for one id the last one counts.
     """
 
     options_type = BanditOptions
@@ -117,6 +117,10 @@ class Bandit(Router[BanditOptions]):
 
     def describe(self) -> str:
         return f"bandit ({self.options.policy}: {', '.join(self._arms)})"
+
+    def knows(self, id: str) -> bool:
+        assert self.host is not None  # it serves
+        return self._answers.find(id, self.host.now()) is not None
 
     def feedback(self, record: Feedback) -> Receipt:
         if record.metric != self.options.metric or (record.variant and record.variant not in self._arms):
@@ -237,6 +241,10 @@ class Bandit(Router[BanditOptions]):
         return arm
 
     def _of_request(self, record: Feedback) -> Receipt:
+        if record.reward is not None:
+            reward = self._checked(record.reward)  # first: what is passed on to another worker cannot be refused any more
+        elif self._scorer is None:
+            raise InvalidRequest(f"router '{self.name}' has no scorer that could compare a truth: send a reward")
         assert self.host is not None  # it serves
         answered = self._answers.find(record.id, self.host.now())
         if answered is None or answered.variant not in self._arms:
@@ -247,16 +255,12 @@ class Bandit(Router[BanditOptions]):
         if answered.learned:
             self._answers.duplicates += 1
             return Receipt.DUPLICATE
-        if record.reward is None and self._scorer is None:
-            raise InvalidRequest(f"router '{self.name}' has no scorer that could compare a truth: send a reward")
         forgotten = record.reward is None and answered.answer is None
         if forgotten or (self._policy.contextual and answered.features is None):
             self._answers.unknown += 1  # the window's bytes were needed for others
             return Receipt.UNKNOWN
-        if record.reward is not None:
-            reward = self._checked(record.reward)
-        else:
-            assert self._scorer is not None  # just seen
+        if record.reward is None:
+            assert self._scorer is not None  # as seen
             try:
                 reward = self._clip(self._scorer(answered.answer, record.truth))
             except ServingGraphError as error:

@@ -169,7 +169,7 @@ class AsyncMock:
             node: the router that it is for; by default every one that can use it.
 
         Returns:
-            Router name to "taken", "duplicate" or "unknown".
+            Router name to "taken", "duplicate", "unknown" or "passed_on".
 
         Raises:
             InvalidRequest: no router could use it.

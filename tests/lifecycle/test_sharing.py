@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from servinggraph import Graph, routers
-from servinggraph.errors import StepFailed
+from servinggraph.errors import InvalidRequest, RequestNotFound, StepFailed
 from servinggraph.interfaces import Learned
 from servinggraph.state import RedisStore, StateFailed, open_store
 
@@ -217,13 +217,75 @@ def test_processes_learn_together_and_one_that_is_killed_loses_an_interval_at_mo
     assert report["shares"]["a"] > 0.8
 
 
+@pytest.mark.parametrize("policy", ["ucb1", "linucb"])
+def test_feedback_finds_the_worker_that_answered(run, manual_clock, redis_url, name, policy):
+    async def check():
+        options = {"features": "x"} if policy == "linucb" else {}
+
+        def graph():
+            return a_graph(redis_url, name, policy, **options)
+
+        async with graph().mock() as one, graph().mock() as other, graph().mock() as third:
+            variant = (await one.infer(x=X, id="r")).parameters["score.variant"]
+            assert {"score": "passed_on"} == await other.feedback("r", reward=1.0)
+            reply = await third.request("POST", f"/v2/models/{name}/feedback", b'{"id": "nobody", "reward": 1}')
+            assert (202, {"routers": {"score": "passed_on"}}) == (reply.status, reply.json())
+            await exchanged(manual_clock)
+            await exchanged(manual_clock)
+            wanted = {"a": 0, "b": 0} | {variant: 1}
+            assert wanted == counts(one) == counts(other) == counts(third)
+
+            await other.feedback("r", reward=0.0)  # a second time
+            await third.feedback("r", reward=0.0)
+            await exchanged(manual_clock)
+            assert {"score": "duplicate"} == await one.feedback("r", reward=0.0)
+            assert wanted == counts(one)
+            assert (3, 0) == tuple(one.router("score").report()["feedback"][n] for n in ("duplicates", "unknown"))
+            with pytest.raises(InvalidRequest, match="from 0 to 1"):  # which nobody would be told later
+                await other.feedback("r", reward=2.0)
+
+    run(check())
+
+
+@pytest.mark.parametrize("truth", [[1.0], {"y": np.array([1.0], np.float32)}])
+def test_a_truth_is_passed_on_to_where_the_answer_is(run, manual_clock, redis_url, name, truth):
+    async def check():
+        def graph():
+            return a_graph(redis_url, name, scorer="accuracy")
+
+        async with graph().mock() as one, graph().mock() as other:
+            variant = (await one.infer(x=X, id="r")).parameters["score.variant"]
+            assert {"score": "passed_on"} == await other.feedback("r", truth=truth)
+            await exchanged(manual_clock)
+            await exchanged(manual_clock)
+            assert 1.0 == other.router("score").report()["rewards"][variant]["mean"]
+
+    run(check())
+
+
+def test_what_cannot_be_passed_on_is_unknown(run, manual_clock, redis_url, name):
+    async def check():
+        async with a_graph(redis_url, name, scorer="accuracy").mock() as server:
+            for truth in (["x" * 17_000], {"y": np.array([b"\xff"], object)}):
+                with pytest.raises(RequestNotFound):
+                    await server.feedback("r", truth=truth)
+            for number in range(132):
+                await server.feedback(str(number), truth=["x" * 15_000])
+            with pytest.raises(RequestNotFound):
+                await server.feedback("r", truth=["x" * 15_000])
+            await exchanged(manual_clock)
+            assert {"score": "passed_on"} == await server.feedback("r", truth=["x" * 15_000])
+
+    run(check())
+
+
 def test_a_redis_that_forgets_is_noticed(run, manual_clock, redis_url, name, caplog):
     async def check():
         async with a_graph(redis_url, name).mock() as server:
             await server.feedback(variant="a", reward=1.0)
             await exchanged(manual_clock)
             with redis.Redis.from_url(redis_url) as client:
-                assert 2 == client.delete(*client.keys(f"*{name}/*"))
+                assert 2 == client.delete(*client.keys(f"*sums:*{name}/*"))
             await exchanged(manual_clock)
             assert {"a": 0, "b": 0} == counts(server)
 
