@@ -11,15 +11,16 @@ from typing import Any, Final
 from pydantic import Field
 
 from servinggraph.context import Context
-from servinggraph.errors import GraphInvalid, InvalidRequest, Problem, nearest
+from servinggraph.errors import GraphInvalid, InvalidRequest, Problem, Unavailable, nearest
 from servinggraph.interfaces import Feedback, Learned, Observer, Receipt, RouterHost, RouterOptions
 from servinggraph.routers.rollout.guardrails import GuardrailOptions, MetricGuardrail
-from servinggraph.routers.rollout.outcomes import Metering, Outcomes
+from servinggraph.routers.rollout.outcomes import NO_LIFE, Metering, Outcomes, Phase
 from servinggraph.routers.rollout.schedule import Duration, RolloutStep, Share, Stage, stages
 from servinggraph.routers.rollout.trial import ROLLED_BACK, Move, Plan, Trial
 from servinggraph.routers.selection import KeyReader, Weights, key_reader, weights_problem
 from servinggraph.routers.selection.decisions import Decisions
 from servinggraph.routers.signatures import common_signature
+from servinggraph.sequence import Turn
 from servinggraph.tensors import Signature
 
 __all__ = ["Canary", "CanaryOptions"]
@@ -136,9 +137,11 @@ class Canary(Observer[CanaryOptions]):
     def begin(self, value: Any, context: Context) -> tuple[str, Context, _Begun]:
         key = None if self._key is None else self._key(value, context)
         branch = self._weights.at_random() if key is None else self._weights.by_key(key)
+        outcomes = self._outcomes[branch]
+        if context.sequence is not None:
+            branch, outcomes = self._in_sequence(context.sequence, branch)
         self._decisions[branch] += 1
         context.response_parameters[self._parameter] = branch
-        outcomes = self._outcomes[branch]
         if self._noted is not None:
             self._noted.note(context.id, outcomes, self._now())
             context = context.metered(Metering(outcomes, context.meter))
@@ -219,6 +222,24 @@ class Canary(Observer[CanaryOptions]):
             self._evaluate(outcomes)
         return Receipt.TAKEN
 
+    def _in_sequence(self, turn: Turn, branch: str) -> tuple[str, Outcomes]:
+        """Return the branch that answers a sequence to its end, and where the outcome goes: the other has not its state.
+
+        Raises:
+            Unavailable: it was the challenger, which was rolled back.
+        """
+        share = self._trial.share
+        kept = {} if turn.start else turn.state(self.name)
+        turn.keep(self.name, kept or {"branch": branch, "share": share})
+        if not kept:
+            return branch, self._outcomes[branch]
+        branch = kept["branch"]
+        if branch == self._plan.challenger and not share:
+            raise Unavailable(f"'{branch}', which answered sequence {turn.id}, was rolled back: begin the sequence anew")
+        # Decided with another share than the requests of now: it would count for too much or too little.
+        counted = self._outcomes if kept["share"] == share else self._uncounted
+        return branch, counted[branch]
+
     def _wanted(self, changes: Mapping[str, Any]) -> tuple[int | None, float | None, bool | None]:
         """Return stage, challenger's share and whether to pause, as far as changes name them.
 
@@ -276,6 +297,8 @@ class Canary(Observer[CanaryOptions]):
         share, plan, phase, salt = self._trial.share, self._plan, self._trial.phase, self.options.salt
         self._weights = Weights({plan.baseline: 1 - share, plan.challenger: share}, self.name if salt is None else salt)
         self._outcomes = {plan.baseline: phase.baseline, plan.challenger: phase.challenger}
+        nowhere = Phase(0.0, self._metrics, NO_LIFE)
+        self._uncounted = {plan.baseline: nowhere.baseline, plan.challenger: nowhere.challenger}
 
     def _begin_on(self, now: Callable[[], float]) -> None:
         """Begin the rollout on a clock: before `start` the machine's, so that a router without a host routes, too."""
@@ -301,8 +324,13 @@ class Canary(Observer[CanaryOptions]):
             self._kept = now
 
     def _evaluate(self, outcomes: Outcomes) -> None:
-        """Evaluate what came in, since there is enough of it."""
-        self._moved(lambda now: self._trial.late(outcomes, now))
+        """Evaluate what came in, since there is enough of it; a defect of this is no failure of the request that set it off."""
+        try:
+            self._moved(lambda now: self._trial.late(outcomes, now))
+        except Exception:
+            logger.exception("router '%s' could not evaluate what came in", self.name)
+            outcomes.settle()
+            outcomes.clear()
 
     def _advance(self) -> None:
         self._moved(self._trial.advance)

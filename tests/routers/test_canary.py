@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from servinggraph import Context, Graph, InvalidRequest, routers, steps
-from servinggraph.errors import DeadlineExceeded, GraphInvalid, RequestNotFound, ServingGraphError, StepFailed
+from servinggraph.errors import DeadlineExceeded, GraphInvalid, RequestNotFound, ServingGraphError, StepFailed, Unavailable
 
 X = np.array([1.0], np.float32)
 FAILURES = {"failures": {"watch": "error_rate", "margin": "1%"}}
@@ -610,6 +610,84 @@ def test_a_rollback_survives_a_restart(run, tmp_path):
         async with a_graph(broken, **options).mock() as server:
             assert 0 == await ask(server, 100)
             assert "rolled_back" == server.router("test").report()["stage"]
+
+    run(check())
+
+
+def test_a_sequence_stays_with_the_branch_that_has_its_state(run):
+    class Sum:
+        def __call__(self, value, context: Context):
+            state = context.sequence.state("sum")
+            total = state.get("total", 0) + value["x"]
+            context.sequence.keep("sum", {"total": total})
+            return {"y": total}
+
+    async def check():
+        graph = Graph("g", {"x": ("FP32", [-1])}, sequences={})
+        branches = {"stable": steps.Python(Sum), "new": steps.Python(Sum)}
+        canary = routers.Canary(branches, "stable", "new", ["50%", "90%"], guardrails=FAILURES, hold="10m")
+        async with graph.to(canary, "test").respond().mock() as server:
+
+            async def step(number, **flags):
+                return (await server.infer(x=X, parameters={"sequence_id": number, **flags})).parameters["test.variant"]
+
+            ids = range(1, 101)
+            first = [await step(number, sequence_start=True) for number in ids]
+            assert {"stable", "new"} == set(first)
+            assert first == [await step(number) for number in ids]
+            assert 200 == sum(server.router("test").report()["guardrails"]["failures"]["samples"].values())
+            await server.adjust("test", {"promote": True})
+            assert first == [await step(number) for number in ids]
+            # They were decided with the share of the step before, and say nothing of this one.
+            assert 0 == sum(server.router("test").report()["guardrails"]["failures"]["samples"].values())
+            await server.adjust("test", {"rollback": True})
+            for number, branch in zip(ids, first, strict=True):
+                if branch == "stable":
+                    assert "stable" == await step(number)
+                else:
+                    with pytest.raises(Unavailable, match=f"answered sequence {number}, was rolled back: begin"):
+                        await step(number)
+            assert {"stable"} == {await step(number, sequence_start=True) for number in ids}
+
+    run(check())
+
+
+def test_a_rollout_of_another_challenger_begins_anew(run, manual_clock, tmp_path):
+    async def check():
+        given = {"hold": "1s", "min_samples": 1, "state": str(tmp_path / "rollout.json")}
+        for baseline, challenger in (("one", "two"), ("two", "three")):
+            canary = routers.Canary({baseline: stable, challenger: stable}, baseline, challenger, ["50%", "100%"], **given)
+            async with Graph("g", {"x": ("FP32", [-1])}).to(canary, "test").respond().mock() as server:
+                assert "50%" == server.router("test").settings()["stage"]
+                await ask(server, 20)
+                await manual_clock.advance(2)
+                assert "100%" == server.router("test").settings()["stage"]
+
+    run(check())
+
+
+def test_a_change_that_cannot_be_noted_is_no_failure_of_the_request_that_set_it_off(run, caplog):
+    class Full:
+        def now(self):
+            return 0.0
+
+        def changed(self, who, why, before, after):
+            raise OSError("no space left on device")
+
+        def keep(self):
+            pass
+
+    async def check():
+        async with a_graph(broken).mock() as server:
+            router = server.router("test")
+            router.host = Full()
+            with pytest.raises(StepFailed, match="no such file"):
+                for _ in range(1000):
+                    await server.infer(x=X)
+            await ask(server, 300)
+            assert "rolled_back" == router.settings()["stage"]
+            assert 0 == await ask(server, 50)
+        assert "no space left on device" in caplog.text
 
     run(check())
 

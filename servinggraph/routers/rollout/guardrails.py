@@ -50,7 +50,11 @@ class ErrorRateGuardrail(_Bounded):
 
     watch: Literal["error_rate"] = Field(description="What is watched.")
     margin: Share | None = Field(None, description="How far the challenger's rate may be above the baseline's: 1%.")
-    ratio: float | None = Field(None, ge=1, description="How many times the baseline's rate it may be.")
+    ratio: float | None = Field(
+        None,
+        ge=1,
+        description="How many times the baseline's rate it may be; `margin` is calmer where the baseline hardly ever fails.",
+    )
     limit: Share | None = Field(None, description="How high it may be, whatever the baseline's is.")
 
 
@@ -60,7 +64,7 @@ class LatencyGuardrail(_Bounded):
     bounds = ("ratio", "margin_ms", "limit_ms")
 
     watch: Literal["latency"] = Field(description="What is watched.")
-    quantile: Quantile = Field(0.99, description="Which quantile: p50 to p99.9.")
+    quantile: Quantile = Field("p99", validate_default=True, description="Which quantile: p50 to p99.9.")
     ratio: float | None = Field(None, ge=1, description="How many times the baseline's quantile the challenger's may be.")
     margin_ms: float | None = Field(None, ge=0, description="How far it may be above the baseline's.")
     limit_ms: float | None = Field(None, gt=0, description="How high it may be, whatever the baseline's is.")

@@ -9,7 +9,7 @@ from typing import Final
 from servinggraph.context import Meter
 from servinggraph.errors import ErrorCode, ServingGraphError
 
-__all__ = ["Metering", "Outcomes", "Phase"]
+__all__ = ["NO_LIFE", "Metering", "Outcomes", "Phase"]
 
 _CALLERS: Final = frozenset(
     {
@@ -24,6 +24,9 @@ _CALLERS: Final = frozenset(
     }
 )
 """Failures that the caller made: they say nothing of the branch."""
+
+NO_LIFE: Final = -1
+"""The life of a phase whose outcomes are not looked at."""
 
 _EARLY_S: Final = 0.002
 """A timer of the event loop may be this early."""

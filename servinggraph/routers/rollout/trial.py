@@ -178,6 +178,8 @@ class Trial:
     def remember(self) -> dict[str, Any]:
         """Return what has to survive a restart, as plain values; samples are counted anew."""
         return {
+            "challenger": self._plan.challenger,
+            "baseline": self._plan.baseline,
             "stage": self.name,
             "paused": self.paused,
             "share_by_hand": self._by_hand,
@@ -190,11 +192,13 @@ class Trial:
         }
 
     def recall(self, remembered: Mapping[str, Any], now: float) -> None:
-        """Take up what `remember` gave; evidence only of guardrails that are declared as they were.
+        """Take up what `remember` gave, unless other branches were on trial; evidence only of guardrails as they were declared.
 
         Raises:
             ValueError: there is no such stage any more, or it is not what `remember` gives.
         """
+        if (remembered.get("challenger"), remembered.get("baseline")) != (self._plan.challenger, self._plan.baseline):
+            return
         stage = self.stage_of(str(remembered.get("stage")))
         if stage is None:
             raise ValueError(f"its stage '{remembered.get('stage')}' is none of {', '.join(s.name for s in self._plan.stages)}")
