@@ -22,8 +22,12 @@ _OWN: Final = frozenset(
 """Headers that say how a request is sent; they are the client's."""
 
 
-def plain_headers(headers: Mapping[str, SecretStr]) -> dict[str, str]:
+def plain_headers(headers: Mapping[str, SecretStr], *, content_type: bool = False) -> dict[str, str]:
     """Return headers as they are sent.
+
+    Args:
+        headers: headers by name.
+        content_type: whether Content-Type may be among them.
 
     Raises:
         ValueError: a name or a value that cannot be; values are not quoted.
@@ -31,7 +35,8 @@ def plain_headers(headers: Mapping[str, SecretStr]) -> dict[str, str]:
     plain: dict[str, str] = {}
     for name, secret in headers.items():
         value = secret.get_secret_value()
-        if not _NAME.fullmatch(name) or name.lower() in _OWN:
+        own = name.lower() in _OWN and not (content_type and name.lower() == "content-type")
+        if own or not _NAME.fullmatch(name):
             raise ValueError(f"'{name}' cannot be given: it is no name of a header, or says how requests are sent")
         if not _VALUE.fullmatch(value):
             raise ValueError(f"the value of '{name}' has line breaks or characters beyond ASCII")

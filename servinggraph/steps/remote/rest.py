@@ -69,7 +69,7 @@ class RestOptions(Options):
     @field_validator("headers")
     @classmethod
     def _sendable(cls, headers: dict[str, SecretStr]) -> dict[str, SecretStr]:
-        plain_headers(headers)
+        plain_headers(headers, content_type=True)
         return headers
 
 
@@ -95,7 +95,7 @@ class Rest(Step[RestOptions]):
         self._base = str(endpoint_of(base))
         # The path may be secret as well.
         self._where = f"{options.method} {self.conceal(options.url).partition('?')[0]}"
-        self._headers = plain_headers(options.headers)
+        self._headers = plain_headers(options.headers, content_type=True)
         self._hide = Secrets([*self._headers.values(), *(secret.get_secret_value() for secret in options.query.values())]).hide
         self._passed = tuple(name.lower() for name in options.pass_headers)
         self._ca = None if options.tls_ca is None else str(self.base / options.tls_ca)
@@ -156,14 +156,15 @@ class Rest(Step[RestOptions]):
         client = self._client = HttpClient(
             options.connections, options.connect_timeout_ms / 1e3, options.max_response_bytes, self._ca
         )
+        typed = any(name.lower() == "content-type" for name in self._headers)
         clock, method, where, take = self._loop.time, options.method, self._where, self._taker()
 
         async def call(value: Any, context: Context) -> Any:
             url = f"{self._base}{self._url.fill(value, context)}{self._secrets}"
             headers = {**forwarded(context.headers, self._passed), **trace_headers(context, self.name), **self._headers}
             body = self._body(value, context)
-            if body is not None:
-                headers.setdefault("Content-Type", "application/json")
+            if body is not None and not typed:
+                headers["Content-Type"] = "application/json"
             if context.deadline is not None:
                 headers["X-Request-Timeout-Ms"] = f"{max(0.001, (context.deadline - clock()) * 1e3):.3f}"
             try:
@@ -172,7 +173,8 @@ class Rest(Step[RestOptions]):
                     raise refused(where, answer.status, answer.body[:2000].decode("utf-8", "replace"))
                 return take(answer.body)
             except CallFailed as failure:
-                failure.error.message = self._hide(failure.error.message)
+                # Some services quote what they were sent.
+                failure.error.message = self.conceal(self._hide(failure.error.message))
                 raise failure.error from failure.__cause__
 
         return Operation(call, suspends=True)

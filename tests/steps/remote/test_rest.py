@@ -110,19 +110,32 @@ def test_whatever_a_field_holds_the_path_keeps_its_segments(name, query):
 def test_secrets_go_in_headers_and_query_and_are_printed_nowhere(service, monkeypatch):
     monkeypatch.setenv("API_KEY", "hunter 2211")
     monkeypatch.setenv("HOOK", "hooks-9")
-    place = service(b"no 'hunter 2211'", "500 Oops")
-    graph = graph_of(f"{place.url}/x/${{HOOK}}?a=1", headers={"X-Key": "${API_KEY}"}, query={"key": "${API_KEY}"})
+    monkeypatch.setenv("PIN", "pin-4711")
+    place = service(b"no 'hunter 2211' pin-4711", "500 Oops")
+    secrets = {"headers": {"X-Key": "${API_KEY}"}, "query": {"key": "${API_KEY}"}, "send": {"pin": "${PIN}"}}
+    graph = graph_of(f"{place.url}/x/${{HOOK}}?a=1", **secrets)
     plan = graph.compile()
     with (
         graph.mock() as server,
-        pytest.raises(StepFailed, match=r"node 'far': POST http://.*/x/\$\{HOOK\} answered 500: no '\*\*\*'") as failed,
+        pytest.raises(
+            StepFailed, match=r"node 'far': POST http://.*/x/\$\{HOOK\} answered 500: no '\*\*\*' \$\{PIN\}"
+        ) as failed,
     ):
         server.invoke({})
     _, target, headers, _ = place.asked()[0]
     assert ("/x/hooks-9?a=1&key=hunter%202211", "hunter 2211") == (target, headers["x-key"])
     printed = f"{failed.value} {plan.nodes[0].work.describe()} {plan!r}"
     assert "hunter" not in printed
+    assert "pin-4711" not in printed
+    assert {"pin": "pin-4711"} == json.loads(place.asked()[0][3])
     assert "hooks-9" not in plan.nodes[0].work.describe()
+
+
+def test_a_content_type_can_be_given(service):
+    place = service()
+    with graph_of(place.url, headers={"content-type": "application/vnd.api+json"}).mock() as server:
+        server.invoke({})
+    assert "application/vnd.api+json" == place.asked()[0][2]["content-type"]
 
 
 def test_trace_headers_and_the_time_that_is_left_go_along(service):
