@@ -20,19 +20,20 @@ from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
 import orjson
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.errors import KafkaError, MessageSizeTooLargeError
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import KafkaError
 
 from servinggraph.clients.errors import error_from
 from servinggraph.clients.topics import failure_text, partitions_of
 from servinggraph.context import ParameterValue
-from servinggraph.errors import DeadlineExceeded, LimitExceeded, RequestTooLarge, Unavailable
+from servinggraph.errors import DeadlineExceeded, LimitExceeded, RequestTooLarge, StepFailed, Unavailable
 from servinggraph.kafka import ConnectionOptions, SecurityOptions, headers as names
 from servinggraph.messages import InferenceResponse
 from servinggraph.protocols.freeform import decode_body
 from servinggraph.protocols.freeform.body import media_of
 from servinggraph.protocols.freeform.client import encode_body
 from servinggraph.protocols.v2.client import decode_response, encode_request
+from servinggraph.steps.topics.writer import Record, TopicOptions, TopicWriter
 from servinggraph.tensors import Array
 
 __all__ = ["Client"]
@@ -83,13 +84,20 @@ class Client:
     ) -> None:
         self._topic, self._reply_topic, self._graph = topic, reply_topic, graph
         self._connection = ConnectionOptions(brokers=brokers, security=security or SecurityOptions())
+        self._writing = TopicOptions(
+            brokers=brokers,
+            security=self._connection.security,
+            topic=topic,
+            linger_ms=linger_ms,
+            max_message_bytes=max_message_bytes,
+        )
         self._max_in_flight = max_in_flight
-        self._max_message_bytes, self._linger_ms = max_message_bytes, linger_ms
+        self._max_message_bytes = max_message_bytes
         self._partition = reply_partition
         self._waiting: dict[bytes, _Call] = {}
         self._own = os.urandom(9).hex()
         self._numbers = itertools.count()
-        self._producer: Any = None
+        self._writer: TopicWriter | None = None
         self._consumer: Any = None
         self._reader: asyncio.Task[None] | None = None
 
@@ -103,18 +111,11 @@ class Client:
         self._consumer = AIOKafkaConsumer(
             **settings, auto_offset_reset="latest", enable_auto_commit=False, isolation_level="read_committed", check_crcs=False
         )
-        self._producer = AIOKafkaProducer(
-            **settings,
-            acks="all",
-            enable_idempotence=True,
-            linger_ms=self._linger_ms,
-            max_request_size=self._max_message_bytes,
-        )
+        self._writer = TopicWriter(self._writing)
         try:
             async with asyncio.timeout(_START_S):
                 await self._consumer.start()
                 await self._assign()
-                await self._producer.start()
         except (KafkaError, TimeoutError) as error:
             await self._disconnect()
             raise Unavailable(f"cannot reach Kafka at {self._connection.brokers}: {failure_text(error)}") from error
@@ -147,9 +148,10 @@ class Client:
         await self._disconnect()
 
     async def _disconnect(self) -> None:
-        for client in (self._producer, self._consumer):
-            if client is not None:
-                await client.stop()
+        if self._writer is not None:
+            await self._writer.close()
+        if self._consumer is not None:
+            await self._consumer.stop()
 
     async def infer(
         self,
@@ -260,14 +262,11 @@ class Client:
         return reply
 
     async def _send(self, body: bytes, key: bytes | None, sent: Mapping[str, bytes]) -> None:
+        assert self._writer is not None  # the reader lives
         try:
-            await self._producer.send_and_wait(self._topic, body, key=key, headers=list(sent.items()))
-        except MessageSizeTooLargeError as error:
-            raise RequestTooLarge(
-                f"the request has {len(body)} bytes, and max_message_bytes is {self._max_message_bytes}"
-            ) from error
-        except KafkaError as error:
-            raise Unavailable(f"the request was not written to topic '{self._topic}': {failure_text(error)}") from error
+            await self._writer.write(Record(body, key, sent))
+        except StepFailed as error:
+            raise RequestTooLarge(error.message) from error
 
     async def _read(self) -> None:
         """Hand answers to those who wait for them; others' answers on the same partition pass by."""

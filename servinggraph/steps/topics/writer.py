@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordTooLargeError
@@ -15,6 +15,7 @@ from servinggraph.errors import ServingGraphError, StepFailed, Unavailable
 from servinggraph.importing import ImportProblem
 from servinggraph.interfaces import BatchPolicy, Step
 from servinggraph.kafka import ConnectionOptions, headers as names
+from servinggraph.protocols.kafka.clients import closed
 from servinggraph.routers.selection.keys import key_reader
 from servinggraph.tracing import trace_headers
 
@@ -45,7 +46,12 @@ class TopicOptions(ConnectionOptions):
     compression: Literal["none", "gzip", "snappy", "lz4", "zstd"] = Field("none", description="Compression of what is written.")
     linger_ms: int = Field(0, ge=0, description="How long a record may wait for others, to be written with them.")
     max_message_bytes: int = Field(2**20, ge=1024, description="Largest record.")
-    write_timeout_ms: int = Field(10_000, ge=1, description="Longest time to write a record.")
+    write_timeout_ms: int = Field(
+        10_000,
+        ge=1,
+        description="Longest time that a request waits for its record; then it fails, and the record may be written all the "
+        "same once the brokers answer again.",
+    )
     settings: dict[str, Any] = Field(default_factory=dict, description="Other arguments of aiokafka's AIOKafkaProducer.")
 
     @field_validator("key")
@@ -55,6 +61,8 @@ class TopicOptions(ConnectionOptions):
             key_reader(key)
         return key
 
+
+_CLOSE_S: Final = 5.0
 
 TopicOptionsT = TypeVar("TopicOptionsT", bound=TopicOptions)
 
@@ -73,6 +81,7 @@ class TopicWriter:
         self._key = None if options.key == "none" else key_reader(options.key)
         self._producer: Any = None
         self._connecting = asyncio.Lock()
+        self._ending: set[asyncio.Task[bool]] = set()
 
     def key(self, value: Any, context: Context) -> bytes | None:
         """Return the key of a request's record."""
@@ -86,7 +95,11 @@ class TopicWriter:
             StepFailed: the record is too large.
             Unavailable: it was not written, as far as is known.
         """
-        return await self.outcome(await self.begin(record))
+        try:
+            async with asyncio.timeout(self._options.write_timeout_ms / 1e3):
+                return await self.outcome(await self.begin(record))
+        except TimeoutError as error:
+            raise self._failure(error, len(record.value)) from error
 
     async def begin(self, record: Record) -> asyncio.Future[Any]:
         """Hand over a record, in the order of the calls; `outcome` says what became of it.
@@ -108,10 +121,21 @@ class TopicWriter:
 
     async def outcome(self, sent: asyncio.Future[Any]) -> Any:
         """Wait for what `begin` has handed over; see `write`."""
+        producer = self._producer
         try:
             return await asyncio.shield(sent)  # who leaves does not take back what is on its way
         except KafkaError as error:
+            if not isinstance(error, MessageSizeTooLargeError | RecordTooLargeError):
+                self._renew(producer)
             raise self._failure(error, 0) from error
+
+    def _renew(self, producer: Any) -> None:
+        """Have the next record written over a new connection: a producer whose sequence is broken fails for good."""
+        if producer is not None and producer is self._producer:
+            self._producer = None
+            ending = asyncio.get_running_loop().create_task(closed(producer, _CLOSE_S))
+            self._ending.add(ending)
+            ending.add_done_callback(self._ending.discard)
 
     def _failure(self, error: BaseException, size: int) -> ServingGraphError:
         topic = self._conceal(self._options.topic)
@@ -122,7 +146,10 @@ class TopicWriter:
             )
         text = f"{type(error).__name__}: {error}".removesuffix(": ")
         if isinstance(error, TimeoutError):
-            text = f"no word within {self._options.write_timeout_ms} ms; is there such a topic, and do its brokers live?"
+            text = (
+                f"no word within {self._options.write_timeout_ms} ms (is there such a topic, and do its brokers live?); "
+                "it may be written all the same"
+            )
         return Unavailable(f"not written to topic '{topic}' at {self._conceal(self._options.brokers)}: {text}")
 
     async def _connected(self) -> Any:
@@ -138,8 +165,6 @@ class TopicWriter:
                         "linger_ms": options.linger_ms,
                         "max_request_size": options.max_message_bytes,
                         "compression_type": compression,
-                        # What is not written by then is not written later either, behind the back of who was told so.
-                        "request_timeout_ms": options.write_timeout_ms,
                         **options.settings,
                     },
                 )
@@ -152,9 +177,10 @@ class TopicWriter:
         return self._producer
 
     async def close(self) -> None:
-        """Write what is on its way, and disconnect."""
+        """Disconnect; whoever wants a record written has waited for it."""
         if self._producer is not None:
-            await self._producer.stop()
+            await closed(self._producer, _CLOSE_S)
+        await asyncio.gather(*self._ending)
 
 
 def record_headers(context: Context, id: str, wanted: list[str], own: Mapping[str, bytes], node: str) -> dict[str, bytes]:

@@ -218,3 +218,23 @@ async def test_the_development_broker_takes_the_records_of_a_process_that_has_on
     with development_broker():
         async with tensors(Queue("later", "kafka.invalid:9092")).mock() as server:
             assert [0] == (await server.infer(x=[1.0])).outputs["offset"].tolist()
+
+
+@pytest.mark.slow
+async def test_a_broker_that_stood_still_fails_what_waited_and_takes_what_follows(kafka):
+    topic = await kafka.topic("later")
+
+    async with tensors(Queue(topic, kafka.address, write_timeout_ms=1500)).mock() as server:
+        await server.infer(x=[1.0])
+        kafka.pause()
+        with pytest.raises(Unavailable, match="not written to topic"):
+            await server.infer(x=[2.0])
+        kafka.resume()
+        for _ in range(5):  # the connections that stood still have to be given up first
+            try:
+                answer = await server.infer(x=[3.0])
+                break
+            except Unavailable:
+                continue
+
+    assert answer.outputs["offset"].tolist()[0] >= 1
