@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ssl
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -23,6 +23,14 @@ __all__ = [
     "SecurityOptions",
     "TransactionOptions",
 ]
+
+_SHARED: Final = {"loop", "bootstrap_servers", "client_id"}
+_OURS_OF_CONSUMERS: Final = _SHARED | {
+    "group_id", "group_instance_id", "enable_auto_commit", "auto_offset_reset", "key_deserializer", "value_deserializer",
+}  # fmt: skip
+_OURS_OF_PRODUCERS: Final = _SHARED | {
+    "acks", "enable_idempotence", "transactional_id", "key_serializer", "value_serializer", "compression_type",
+}  # fmt: skip
 
 Compression = Literal["none", "gzip", "snappy", "lz4", "zstd"]
 
@@ -233,6 +241,17 @@ class KafkaOptions(ConnectionOptions):
     transaction: TransactionOptions = Field(
         default_factory=TransactionOptions, description="Size of a transaction, with `exactly_once`."
     )
+
+    @model_validator(mode="after")
+    def _ours(self) -> Self:
+        for name, settings, ours in (
+            ("input", self.input.settings, _OURS_OF_CONSUMERS),
+            ("output", self.output.settings, _OURS_OF_PRODUCERS),
+        ):
+            taken = sorted(ours & settings.keys())
+            if taken:
+                raise ValueError(f"{name}.settings: {', '.join(taken)} is what this block decides, and the promises rest on it")
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -62,6 +62,7 @@ class Runner:
         self._ready: deque[Work] = deque()
         self._running: set[asyncio.Task[None]] = set()
         self._pausing: set[Work] = set()
+        self._leaving = False
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -160,6 +161,8 @@ class Runner:
             return False
         if isinstance(error, DeadlineExceeded) and self._exchange.expired(work):
             return False
+        if self._leaving:
+            return True  # not tried again here: it is read again by whoever gets its partition
         retry = self._options.retry
         pause = backoff_s(work.attempts, retry.first_ms / 1e3, retry.most_ms / 1e3, jitter=True)
         handle = self._loop.call_later(pause, self._resume, work)
@@ -183,32 +186,31 @@ class Runner:
                 gets its partition.
         """
         if not waiting:
-            self._ready.clear()
-            for work in self._pausing:
-                if work.cancel is not None:
-                    work.cancel()
-            self._pausing.clear()
+            self._forget_waiting()
+        self._leaving = not waiting
         self._note_idle()
-        while self._running or self._ready or self._pausing:
-            left = until - self._loop.time()
-            if left <= 0:
-                return False
-            try:
-                await asyncio.wait_for(self._idle.wait(), left)
-            except TimeoutError:
-                return False
+        try:
+            async with asyncio.timeout_at(until):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        finally:
+            self._leaving = False
         return True
 
     async def abandon(self) -> None:
         """Stop everything at once; what is not done is read again by whoever gets its partition."""
-        self._ready.clear()
-        for work in self._pausing:
-            if work.cancel is not None:
-                work.cancel()
-        self._pausing.clear()
+        self._forget_waiting()
         running = list(self._running)
         for task in running:
             task.cancel()
         if running:
             await asyncio.wait(running)
         self._note_idle()
+
+    def _forget_waiting(self) -> None:
+        self._ready.clear()
+        for work in self._pausing:
+            if work.cancel is not None:
+                work.cancel()
+        self._pausing.clear()

@@ -85,6 +85,17 @@ class KafkaFrontEnd:
                 self._ending.add(task)
                 task.add_done_callback(self._ending.discard)
         for name, options in wanted.items():
-            if name not in self._streams and not self._serving.catalog.draining:
+            if name in self._streams or self._serving.catalog.draining:
+                continue
+            other = next((each for each in self._streams.values() if _shares(each.options, options)), None)
+            if other is not None:
+                text = "graphs '%s' and '%s' read in the same group '%s': each gets a part of the records; not read for '%s'"
+                logger.error(text, other.graph, name, options.input.group, name)
+            else:
                 self._streams[name] = Stream(self._serving, name, options, self._brokers, self._notice)
                 self._streams[name].start()
+
+
+def _shares(one: KafkaOptions, other: KafkaOptions) -> bool:
+    """Tell whether two blocks would have each other's records."""
+    return one.input.group == other.input.group and bool(set(one.input.topics) & set(other.input.topics))

@@ -189,6 +189,7 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
                 self.consumer.pause(*self.consumer.assignment())
                 await self.consumer.getmany(timeout_ms=0)
         self._counts.paused_s += self._loop.time() - began
+        self._resume_partitions()
 
     def _resume_partitions(self) -> None:
         paused = self.consumer.paused()
@@ -211,7 +212,10 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
             return
         # A member that the group dropped already may not write; its generation is gone.
         lost = self.consumer._coordinator.generation < 0  # noqa: SLF001  (no public way to ask)
-        await self._give_up(0 if lost else self._options.input.revoke_ms / 1e3)
+        try:
+            await self._give_up(0 if lost else self._options.input.revoke_ms / 1e3)
+        except Exception as error:  # aiokafka would only log it
+            self._fail(error)
 
     async def _give_up(self, grace_s: float) -> None:
         """Let go of all partitions within a time; with none, whatever runs is abandoned."""

@@ -96,3 +96,23 @@ async def test_a_broker_that_goes_away_is_waited_for_with_a_line_in_the_log_and_
     assert Counter(2.0 * i for i in range(100)) == Counter(numbers(answers))
     lines = [record.getMessage() for record in caplog.records if record.name == "servinggraph.kafka"]
     assert [f"graph 'g', Kafka: no answer from {kit.address}; waiting", "graph 'g', Kafka: reading again"] == lines
+
+
+@pytest.mark.parametrize("delivery", ["at_least_once", "exactly_once"])
+@pytest.mark.timeout(120)
+async def test_leaders_that_change_under_load_lose_and_double_nothing(kafka_cluster, tmp_path, delivery):
+    kit = here.Kit(kafka_cluster, tmp_path)
+    kafka = await kit.options(partitions=3, delivery=delivery, transaction={"interval_ms": 20}, commit={"interval_ms": 50})
+    async with kit.serve(double, kafka) as served:
+        for number, broker in enumerate((*kafka_cluster.brokers, None)):
+            first = 60 * number
+            await kit.send(served.input, *((b"%d" % (i % 7), body(i)) for i in range(first, first + 60)))
+            if broker is not None:
+                broker.kill()
+                await asyncio.sleep(0.5)
+                await asyncio.to_thread(broker.restart)
+        answers = Counter(numbers(await kit.read(served.output, 240)))
+
+    assert {2.0 * i for i in range(240)} == set(answers)
+    if delivery == "exactly_once":
+        assert {1} == set(answers.values())

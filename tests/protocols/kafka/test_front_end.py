@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from servinggraph import Graph
 from servinggraph.errors import Unavailable
 
 pytestmark = pytest.mark.anyio
@@ -190,3 +191,30 @@ async def test_http_may_be_ready_without_kafka(kit):
     kafka = {**await kit.options(input={"readiness": "ignored"}), "brokers": "127.0.0.1:1"}
     async with kit.serve(double, kafka, ready=False) as served:
         assert served.serving.catalog.ready
+
+
+async def test_two_graphs_that_would_take_each_other_s_records_are_not_both_read(kit, caplog):
+    kafka = await kit.options()
+    other = Graph("other", {"x": ("FP32", [-1])}, kafka=kafka).to(double, "step").respond()
+    async with kit.serve(double, kafka) as served:
+        await served.serving.catalog.load([other.compile()])
+        assert ["g"] == [report["graph"] for report in served.front_end.report()]
+
+    assert f"read in the same group '{kafka['input']['group']}'" in caplog.text
+
+
+async def test_a_graph_that_comes_later_is_read_and_one_that_goes_is_read_no_more(kit):
+    first, second = await kit.options(), await kit.options()
+    later = Graph("later", {"x": ("FP32", [-1])}, kafka=second).to(double, "step").respond()
+    async with kit.serve(double, first) as served:
+        catalog = served.serving.catalog
+        await catalog.load([later.compile()])
+        await kit.send(second["input"]["topics"][0], body(3))
+        assert [6.0] == values((await kit.read(second["output"]["topic"], 1))[0])
+        catalog.swap([], [catalog.get("later")])
+        await until(lambda: ["g"] == [report["graph"] for report in served.front_end.report()])
+        await kit.send(second["input"]["topics"][0], body(4))
+        await kit.send(first["input"]["topics"][0], body(5))
+        assert [10.0] == values((await kit.read(served.output, 1))[0])
+        assert 1 == len(await kit.read(second["output"]["topic"], 1))
+    assert [] == await kit.read(second["errors"]["topic"], 0)

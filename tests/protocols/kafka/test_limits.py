@@ -135,3 +135,15 @@ async def test_the_server_is_not_ready_while_it_lags_beyond_its_limit(kit):
         assert served.report["lag"] > 10
         gate.open.set()
         await until(lambda: served.serving.catalog.ready)
+
+
+@pytest.mark.parametrize("compression", ["gzip", "snappy", "lz4", "zstd"])
+async def test_what_is_written_and_read_may_be_compressed(kit, compression):
+    kafka = await kit.options(output={"compression": compression})
+    again = await kit.options()
+    again["input"]["topics"] = [kafka["output"]["topic"]]
+    async with kit.serve(double, kafka) as served:
+        await kit.send(served.input, body(*range(1000)))
+        (answer,) = await kit.read(served.output, 1)
+
+    assert [2.0 * number for number in range(1000)] == values(answer)
