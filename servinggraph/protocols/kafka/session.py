@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["Session"]
 
 _POLL_MS: Final = 500
+_MAX_POLL_INTERVAL_MS: Final = 300_000
+"""aiokafka's default."""
 _CHUNK: Final = 500
 """Most records that are taken at once: others of the event loop's work goes between."""
 _CLOSE_S: Final = 5.0
@@ -61,6 +63,8 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
         self._giving_up = asyncio.Lock()
         self._pulse = Pulse(self._options.input.session_timeout_ms / 1e3)
         self._usual_size = 1000.0
+        longest_ms = float(self._options.input.settings.get("max_poll_interval_ms", _MAX_POLL_INTERVAL_MS))
+        self._patience_s = longest_ms / 3e3
         self.joined = self._ended = False
         self.partitions: dict[TopicPartition, Partition] = {}
         self.budget = Budget(self._options.max_waiting, self._options.max_waiting_bytes)
@@ -177,14 +181,15 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
         """Return once there is room to read on.
 
         The group drops a member that does not poll. So when this takes long, partitions are paused
-        and polled in vain; not at once, because what aiokafka has fetched of a paused one is dropped.
+        and polled in vain; as seldom as can be, because aiokafka then drops what it has fetched of
+        them, and in cycles, so that it takes memory until the garbage collector comes by.
         """
         began = self._loop.time()
         self._counts.pauses += 1
         while self.budget.full:
             self._room.clear()
             try:
-                await asyncio.wait_for(self._room.wait(), _POLL_MS / 1e3)
+                await asyncio.wait_for(self._room.wait(), self._patience_s)
             except TimeoutError:
                 self.consumer.pause(*self.consumer.assignment())
                 await self.consumer.getmany(timeout_ms=0)
