@@ -224,6 +224,9 @@ class KafkaOptions(ConnectionOptions):
     format: Literal["auto", "v2-json", "v2-binary", "v2-protobuf", "msgpack", "json", "raw"] = Field(
         "auto", description="How requests are written; auto goes by the header `content-type`, V2 JSON without one."
     )
+    framing: Literal["none", "confluent"] = Field(
+        "none", description="Whether a schema id stands before each value, as serializers of a schema registry write it."
+    )
     max_in_flight: int = Field(256, ge=1, description="Most requests that run at once.")
     max_waiting: int = Field(4096, ge=1, description="Most records that were read and are not done; then reading pauses.")
     max_waiting_bytes: int = Field(64 * 2**20, ge=1, description="Most bytes of them; then reading pauses.")

@@ -130,6 +130,7 @@ KAFKA: Final = {
     "consumed": _kafka("consumed_records_total", "records", "Records that were read."),
     "produced": _kafka("produced_records_total", "records", "Answers that the broker has."),
     "dead_letters": _kafka("dead_letters_total", "records", "Records that were given up, and are in the dead letters."),
+    "duplicates": _kafka("duplicate_records_total", "records", "Records that were there before, by their request ids."),
     "retries": _kafka("retries_total", "attempts", "Further attempts at a record."),
     "abandoned": _kafka("abandoned_records_total", "records", "Records whose partition went to another member meanwhile."),
     "commits": _kafka("commits_total", "commits", "Commits; with exactly_once transactions."),

@@ -25,6 +25,7 @@ from servinggraph.lifecycle import ServedGraph, Serving, infer
 from servinggraph.lifecycle.sampling import Picker
 from servinggraph.protocols.kafka.cloudevents import ID, is_structured, unwrapped
 from servinggraph.protocols.kafka.codec import Answer, Decoded, decode
+from servinggraph.protocols.kafka.framing import unframed
 from servinggraph.protocols.kafka.records import Work
 from servinggraph.protocols.v2 import RequestLimits
 from servinggraph.protocols.v2.compression import decompress
@@ -34,6 +35,7 @@ __all__ = ["Exchange"]
 
 _CODING: Final = "content-encoding"
 _NUMBER: Final = re.compile(rb"[0-9]{1,15}(\.[0-9]{0,9})?")
+_FRAME: Final = 5
 _LARGE_BYTES: Final = 64 * 1024
 """Documents above this are decoded in a thread: a table of this size takes about 10 ms."""
 
@@ -65,6 +67,7 @@ class Exchange:
         self._admission = serving.admission
         self._graph = graph
         self._format = options.format
+        self._framed = options.framing == "confluent"
         self._limits = RequestLimits(serving.options.max_tensors)
         self._max_bytes = serving.options.max_body_bytes
         self._wall = wall
@@ -175,13 +178,20 @@ class Exchange:
         if len(value) > self._max_bytes:
             raise RequestTooLarge(f"request size exceeds the maximum allowed: {self._max_bytes} bytes (limit 'max_body_bytes')")
         headers, plan = work.headers, graph.plan
+        form = self._format
+        if self._framed:
+            protobuf = form == "v2-protobuf" or (
+                form == "auto" and not plan.body and value[_FRAME : _FRAME + 1] not in (b"{", b"[")
+            )
+            value = unframed(value, protobuf=protobuf)
+            form = "v2-protobuf" if protobuf else form
         coding = headers.get(_CODING, b"").decode("latin-1") if headers else ""
         if not coding and len(value) <= _LARGE_BYTES:
-            return decode(value, headers, self._format, plan, self._limits)
+            return decode(value, headers, form, plan, self._limits)
 
         def work_of_a_thread() -> Decoded:
             plain = decompress(value, coding, self._max_bytes) if coding else value
-            return decode(plain, headers, self._format, plan, self._limits)
+            return decode(plain, headers, form, plan, self._limits)
 
         graph.requests += 1  # it stays while this runs in a thread
         try:

@@ -186,10 +186,13 @@ class Stream:
 
     @property
     def ready(self) -> bool:
+        """True while this is no reason for the server not to be ready."""
+        return self.options.input.readiness == "ignored" or self.reading
+
+    @property
+    def reading(self) -> bool:
         """True while this member is in its group, the brokers answer, and its lag is within its limit, if there is one."""
         session, limit = self._session, self.options.input.max_lag
-        if self.options.input.readiness == "ignored":
-            return True
         joined = session is not None and session.joined and not self.state
         return joined and (limit is None or self.lag is None or self.lag <= limit)
 
@@ -201,7 +204,7 @@ class Stream:
             "graph": self.graph,
             "group": self.options.input.group,
             "delivery": self.options.delivery,
-            "ready": self.ready,
+            "ready": self.reading,
             "state": self.state or ("reading" if session is not None and session.joined else "waiting for its group"),
             "lag": self.lag,
             **self.counts.plain(),

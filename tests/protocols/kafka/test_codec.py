@@ -13,6 +13,7 @@ from servinggraph.errors import InvalidRequest, ServingGraphError
 from servinggraph.messages import InferenceResponse
 from servinggraph.protocols.kafka.cloudevents import event_headers, is_structured, unwrapped
 from servinggraph.protocols.kafka.codec import decode
+from servinggraph.protocols.kafka.framing import unframed
 from servinggraph.protocols.kafka.records import Partition, Work
 from servinggraph.protocols.v2 import RequestLimits
 
@@ -81,6 +82,28 @@ def test_an_answer_has_the_form_of_its_request_unless_the_request_accepts_anothe
 def test_a_body_comes_as_its_content_type_says():
     assert {"a": 1} == decoded(b'{"a": 1}', inputs="body", content_type="application/json").request.inputs.value
     assert b"\x00" == decoded(b"\x00", inputs="body").request.inputs.value
+
+
+@pytest.mark.parametrize(
+    ("value", "protobuf", "rest"),
+    [
+        (b"\0\0\0\0\7{}", False, b"{}"),
+        (b"\0\0\0\0\7\0abc", True, b"abc"),  # the first message of the file
+        (b"\0\0\0\0\7\4\2\0abc", True, b"abc"),  # two indexes
+        (b"\0\0\0\0\7\4\x82\2\0abc", True, b"abc"),  # one of them of two bytes
+    ],
+)
+def test_a_schema_id_before_a_value_is_taken_off(value, protobuf, rest):
+    assert rest == unframed(value, protobuf=protobuf)
+
+
+@pytest.mark.parametrize(
+    ("value", "protobuf"),
+    [(b"{}", False), (b"\1\0\0\0\7{}", False), (b"", False), (b"\0\0\0\0\7", True), (b"\0\0\0\0\7\3", True), (b"\0\0\0\0\7\xff\xff", True)],
+)  # fmt: skip
+def test_a_value_without_its_schema_id_is_the_sender_s_mistake(value, protobuf):
+    with pytest.raises(InvalidRequest):
+        unframed(value, protobuf=protobuf)
 
 
 EVENT = {"specversion": "1.0", "id": "1", "source": "/s", "type": "t", "datacontenttype": "text/plain", "shop": "5"}

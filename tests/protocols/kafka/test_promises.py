@@ -282,6 +282,13 @@ async def test_10_every_format_of_http_and_grpc_is_understood(kit):
         "csv": (b"x\n1\n2\n", {"content-type": "text/csv", "accept": "application/json"}),
         "too large": (body(*range(20_000)), {}),
     }
+    framed = await kit.options(framing="confluent")
+    async with kit.serve(double, framed) as served:
+        schema = b"\0\0\0\0\x2a"
+        await kit.send(served.input, schema + body(1, 2), schema + b"\0" + message.SerializeToString())
+        first, second = await kit.read(served.output, 2)
+        assert [2.0, 4.0] == values(first)
+        assert "p" == triton.ModelInferResponse.FromString(second.value).id
     async with kit.serve(double, kafka, max_body_bytes=100_000) as served:
         for key, (value, headers) in types.items():
             fields = [(name, text.encode()) for name, text in headers.items()]
