@@ -12,6 +12,7 @@ one is done, a crash between would have it written again.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final
@@ -24,6 +25,8 @@ from servinggraph.protocols.kafka.delivery import Delivery, NotWritten
 from servinggraph.protocols.kafka.records import Outgoing, Partition, Result, Work
 
 __all__ = ["ExactlyOnce"]
+
+logger = logging.getLogger("servinggraph.kafka")
 
 _CLOSE_S: Final = 5.0
 
@@ -76,7 +79,7 @@ class ExactlyOnce(Delivery):
 
     async def _end_writers(self) -> None:
         writers, self._writers = list(self._writers.values()), {}
-        await asyncio.gather(*(writer.stop() for writer in writers))
+        await asyncio.gather(*(writer.stop() for writer in writers), return_exceptions=True)
 
 
 class _Writer:
@@ -130,8 +133,10 @@ class _Writer:
         if self._in_transaction:
             try:
                 await asyncio.wait_for(self._producer.abort_transaction(), _CLOSE_S)
-            except (TimeoutError, KafkaError):
-                pass  # the next owner's producer undoes it, or the broker when its time is up
+            except Exception as error:
+                # One that is being committed cannot be aborted. Whatever it is, the next owner's producer ends it,
+                # or the broker when its time is up.
+                logger.debug("a transaction was left as it was: %r", error)
         await closed(self._producer, _CLOSE_S)
 
     async def _run(self) -> None:
