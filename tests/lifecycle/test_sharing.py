@@ -48,11 +48,13 @@ async def exchanged(clock):
 
 async def settled(clock):
     """Wait for what runs in threads."""
-    for _ in range(200):
+    await clock.settle()
+    while running := [task for task in asyncio.all_tasks() if task.get_coro().__qualname__ in _IN_THREADS]:
+        await asyncio.wait(running)
         await clock.settle()
-        if not any(task.get_coro().__qualname__ in ("Sharing._round", "RouterSeat._save") for task in asyncio.all_tasks()):
-            return
-        await asyncio.to_thread(lambda: None)
+
+
+_IN_THREADS = ("Sharing._round", "RouterSeat._save")
 
 
 def test_what_one_worker_learns_all_know(run, manual_clock, redis_url, name):
