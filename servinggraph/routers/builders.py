@@ -74,9 +74,9 @@ def Ensemble(  # noqa: N802  (reads as the kind that it makes)
     """Return an ensemble router for the builder.
 
     Args:
-        branches: name to step, router or plain function.
-        combine: "mean", "weighted_mean", "vote", or a function; see the `ensemble` router.
-        options: keys of the `ensemble` router and of any node: `weights`, `quorum`, ...
+        branches: name to step, router or plain function; with `stacker` the last one gets what the others gave.
+        combine: "mean", "vote", "stacking", ... or a function; see the `ensemble` router.
+        options: keys of the `ensemble` router and of any node: `weights`, `quorum`, `on_failure`, ...
     """
     return NodeSketch("router", "ensemble", {"combine": combine, **options}, dict(branches))
 

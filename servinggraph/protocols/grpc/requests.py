@@ -15,7 +15,7 @@ from servinggraph.protocols.protobuf.codec import decode_request, encode_respons
 from servinggraph.protocols.protobuf.generated import grpc_service_pb2 as pb
 from servinggraph.protocols.protobuf.wire import Data, split_request
 from servinggraph.protocols.v2 import RequestLimits
-from servinggraph.protocols.v2.checks import check_takes_tensors
+from servinggraph.protocols.v2.checks import ROUTES, check_routes, check_takes_tensors
 from servinggraph.protocols.v2.parameters import priority_of, timeout_of
 
 __all__ = ["Found", "Request", "Requests", "failure_of"]
@@ -90,7 +90,10 @@ class Requests:
         """
         found = self._graphs.get((message.model_name, message.model_version))
         if found is None:
-            graph = self.serving.catalog.get(message.model_name, version_of(message.model_version))
+            name, _, route = message.model_name.partition(ROUTES)
+            graph = self.serving.catalog.get(name, version_of(message.model_version))
+            if route:
+                check_routes(graph.plan)
             check_takes_tensors(graph.plan)
             found = graph, graph.plan.decoupled
         return found
@@ -107,6 +110,7 @@ class Requests:
         context.graph = plan.name
         if graph.routed:
             context.version = version_of(message.model_version)
+            context.route = message.model_name.partition(ROUTES)[2]
         context.headers = Metadata(call)  # type: ignore[arg-type]  # decoded when looked at
         request = decode_request(message, raw, plan.name, plan.inputs, plan.outputs, self._limits, self.serving.memory)
         left = call.time_remaining()

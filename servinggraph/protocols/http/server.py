@@ -26,7 +26,7 @@ BACKLOG = 2048
 
 def make_asgi(serving: Serving) -> InferRoute:
     """Return the whole ASGI application, without a port."""
-    paths = RoutePaths(serving.catalog, make_app(serving))
+    paths = RoutePaths(serving, make_app(serving))
     paths.front = InferRoute(serving, paths)
     return paths.front
 

@@ -28,6 +28,7 @@ from servinggraph.protocols.kafka.codec import Answer, Decoded, decode
 from servinggraph.protocols.kafka.framing import unframed
 from servinggraph.protocols.kafka.records import Work
 from servinggraph.protocols.v2 import RequestLimits
+from servinggraph.protocols.v2.checks import ROUTES, check_routes
 from servinggraph.protocols.v2.compression import decompress
 from servinggraph.protocols.v2.parameters import priority_of, timeout_of
 
@@ -122,8 +123,9 @@ class Exchange:
                 text = f"Request timeout expired: its deadline ('{names.DEADLINE}') passed before it could run"
                 raise DeadlineExceeded(text)
             name = headers.get(names.GRAPH, b"").decode("utf-8", "replace") or name
+            name, _, context.route = name.partition(ROUTES)
             version = context.version = headers.get(names.VERSION, b"").decode("utf-8", "replace")
-        graph = work.graph = self._find(name, version)
+        graph = work.graph = self._find(name, version, context.route)
         context.graph = graph.plan.name
         if graph.tracer is not None:
             _trace(graph.tracer, work, graph, context)
@@ -157,14 +159,17 @@ class Exchange:
                 raise
             raise StepFailed(f"{type(error).__name__}: {error}").at(graph.plan.answer) from error
 
-    def _find(self, name: str, version: str) -> ServedGraph:
+    def _find(self, name: str, version: str, route: str) -> ServedGraph:
         try:
-            return self._catalog.get(name, version)
+            graph = self._catalog.get(name, version)
         except GraphNotFound as error:
             if name != self._graph or version:
                 raise
             # Unloaded, with the end of its stream on the way: the record is for whoever serves it next.
             raise Unavailable(str(error)) from None
+        if route:
+            check_routes(graph.plan)
+        return graph
 
     async def _decode(self, work: Work, graph: ServedGraph) -> Decoded:
         """Return the request in a record.

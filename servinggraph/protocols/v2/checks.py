@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from servinggraph.errors import DatatypeMismatch, InvalidRequest, ShapeMismatch
+from servinggraph.errors import DatatypeMismatch, GraphNotFound, InvalidRequest, ShapeMismatch
 from servinggraph.plan import Plan
 from servinggraph.tensors import Array, TensorSpec, datatype_of, element_count, fits_shape
 
-__all__ = ["check_array", "check_input", "check_names", "check_sizes", "check_takes_tensors"]
+__all__ = ["ROUTES", "check_array", "check_input", "check_names", "check_routes", "check_sizes", "check_takes_tensors"]
+
+ROUTES: Final = "/routes/"
+"""Stands between a graph's name and a route inside it."""
 
 _MAX_ELEMENTS: Final = 2**63 - 1
 _MAX_AXES: Final = 64
@@ -25,6 +28,16 @@ def check_takes_tensors(plan: Plan) -> None:
         raise InvalidRequest(
             f"model '{plan.name}' takes one free-form body and no tensors: POST it to /v2/models/{plan.name}/invocations"
         )
+
+
+def check_routes(plan: Plan) -> None:
+    """Check that requests can name a route inside a graph.
+
+    Raises:
+        GraphNotFound: nothing in it would look at the route.
+    """
+    if not plan.routes:
+        raise GraphNotFound(f"model '{plan.name}' has no routes: none of its routers is 'router: model' with 'by: path'")
 
 
 def check_names(given: Mapping[str, object], declared: Mapping[str, TensorSpec], model: str) -> None:

@@ -429,10 +429,10 @@ class KafkaWire:
         return await self._waiting[number]
 
     async def send(self, path: str, value: bytes, headers: dict[str, str]) -> Any:
-        parts = path.split("/")
-        headers = {**headers, "x-graph": parts[3]}
-        if "versions" in parts:
-            headers["x-graph-version"] = parts[5]
+        name, _, version = path.removeprefix("/v2/models/").removesuffix("/infer").partition("/versions/")
+        headers = {**headers, "x-graph": name}
+        if version:
+            headers["x-graph-version"] = version
         if "x-request-timeout-ms" in headers:
             headers["x-deadline"] = str(time.time() * 1e3 + float(headers.pop("x-request-timeout-ms")))
         fields, answer = await self.exchange(value, headers)

@@ -510,6 +510,20 @@ async def test_a_version_is_a_branch_of_a_model_router(front_end, version):
             await client.infer({"x": X}, version="3")
 
 
+async def test_a_route_behind_the_models_name_is_a_branch_of_a_model_router(front_end):
+    branches = {"same": echo, "twice": lambda value: {"y": value["x"] * 2}}
+    graph = Graph("g", {"x": ("FP32", [-1])}).to(routers.Model(branches), "test").respond()
+    async with front_end.open(graph) as client:
+        for version in ("", "1"):
+            reply = await client.infer({"x": X}, model="g/routes/twice", version=version)
+            assert ("g", [2.0, 4.0]) == (reply.model, reply.outputs["y"].tolist())
+        with pytest.raises(GraphNotFound, match="did you mean 'twice'"):
+            await client.infer({"x": X}, model="g/routes/twise")
+    async with front_end.open(a_graph()) as client:
+        with pytest.raises(GraphNotFound, match="has no routes"):
+            await client.infer({"x": X}, model="g/routes/twice")
+
+
 async def test_a_route_in_a_parameter_is_a_branch_of_a_model_router(front_end):
     branches = {"same": echo, "twice": lambda value: {"y": value["x"] * 2}}
     graph = Graph("g", {"x": ("FP32", [-1])}).to(routers.Model(branches), "test").respond()

@@ -12,7 +12,7 @@ import tritonclient.http.aio as triton_aio
 from ml_dtypes import bfloat16
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
-from servinggraph import Context, Graph
+from servinggraph import Context, Graph, routers
 
 ARRAYS: dict[str, np.ndarray[Any, Any]] = {
     "BOOL": np.array([[True, False, True]]),
@@ -60,6 +60,9 @@ def server(shared_server):
     graphs.append(Graph("add", {"a": ("INT32", [2]), "b": ("INT32", [2])}, outputs={"sum": ("INT32", [2]), "difference": ("INT32", [2])}).to(add).respond())  # fmt: skip
     graphs.append(Graph("tell", {"x": ("FP32", [-1])}, version=7).to(tell).respond())
     graphs.append(Graph("fail", {"x": ("FP32", [-1])}).to(fail).respond())
+    for by, names in (("path", ("same", "twice")), ("version", ("v1", "v2"))):
+        branches = dict(zip(names, (echo, lambda value: {"y": value["x"] * 2}), strict=True))
+        graphs.append(Graph(f"by_{by}", {"x": ("FP32", [-1])}).to(routers.Model(branches, by)).respond())
     return shared_server(*graphs)
 
 
@@ -277,3 +280,21 @@ def test_bfloat16_of_the_client_is_bfloat16_here(shared_server):
         reply = client.infer("twice", [an_input("x", np.array([1.5, -3.0], bfloat16), "BF16")])
 
     assert [3.0, -6.0] == reply.as_numpy("y").tolist()
+
+
+def test_a_route_and_a_version_of_a_graph_are_asked_for_by_name_and_version(client):
+    tensor = an_input("x", np.ones(2, np.float32), "FP32")
+    for model, version, factor in (
+        ("by_path/routes/same", "", 1),
+        ("by_path/routes/twice", "", 2),
+        ("by_version", "1", 1),
+        ("by_version", "2", 2),
+    ):
+        answer = client.infer(model, [tensor], model_version=version)
+        assert [factor] * 2 == answer.as_numpy("y").tolist()
+    assert ["1", "2"] == client.get_model_metadata("by_version")["versions"]
+    assert client.is_model_ready("by_version", "2")
+    with pytest.raises(InferenceServerException, match="did you mean 'twice'"):
+        client.infer("by_path/routes/twise", [tensor])
+    with pytest.raises(InferenceServerException, match="version 3 is not found; there are 1, 2"):
+        client.infer("by_version", [tensor], model_version="3")
