@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Generator, Sequence
 from queue import SimpleQueue
 from typing import Any, Final
 
-from servinggraph.context import Context
+from servinggraph.context import Context, current_context
 from servinggraph.errors import DeadlineExceeded, Unavailable
 
 __all__ = [
@@ -172,6 +172,7 @@ class WorkerThreads:
             result: Any = None
             error: BaseException | None = None
             if not future.cancelled():
+                current_context.set(context)
                 try:
                     result = function(value, context)
                 except BaseException as raised:  # a thread must outlive whatever a step raises
@@ -181,6 +182,7 @@ class WorkerThreads:
             except RuntimeError:
                 return  # the loop is closed: nobody waits any more
             # A worker that waits for its next call must not keep the last one's tensors alive.
+            current_context.set(None)
             del call, loop, future, context, function, value, result, error
 
 

@@ -5,7 +5,9 @@ One `Context` belongs to one request; a step that has a parameter named `context
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 from servinggraph.sequence import Turn
 
-__all__ = ["Context", "Headers", "Meter", "ParameterValue"]
+__all__ = ["Context", "Headers", "Meter", "ParameterValue", "current_context"]
 
 ParameterValue = str | int | float | bool
 
@@ -48,6 +50,7 @@ class Headers(Mapping[str, str]):
 
 
 _NO_HEADERS: Final = Headers()
+_unnamed: Final = itertools.count(1)
 
 
 class Meter(Protocol):
@@ -89,6 +92,7 @@ class Context:
     __slots__ = (
         "_answered",
         "_cancelled",
+        "_label",
         "_on_idle",
         "_running",
         "arrived",
@@ -134,6 +138,7 @@ class Context:
         self.failure: Exception | None = None
         self.meter: Meter | None = None
         self._answered: list[Callable[[], None]] | None = None
+        self._label: str | None = None
         self._cancelled = False
         self._running = 0
         self._on_idle: Callable[[], None] | None = None
@@ -151,6 +156,15 @@ class Context:
     def sequences(self) -> tuple[Turn, ...]:
         """The turns of all requests of a batch, in order; of a request by itself, its own; empty outside of sequences."""
         return ()
+
+    @property
+    def label(self) -> str:
+        """What the log calls the request: its id, or a number of its own; of a batch, its requests' labels."""
+        if self.id:
+            return self.id
+        if self._label is None:  # most are never asked
+            self._label = f"#{next(_unnamed)}"
+        return self._label
 
     @property
     def cancelled(self) -> bool:
@@ -252,6 +266,10 @@ class Context:
             self._on_idle = release
 
 
+current_context: Final[ContextVar[Context | None]] = ContextVar("servinggraph_request", default=None)
+"""The request that the running code works for, for its log lines; in a batch that of all its requests."""
+
+
 class _View(Context):
     """A context of which a part differs; its bookkeeping is the original's."""
 
@@ -272,6 +290,10 @@ class _View(Context):
     @property
     def sequences(self) -> tuple[Turn, ...]:
         return self._whole.sequences
+
+    @property
+    def label(self) -> str:
+        return self._whole.label
 
     @property
     def cancelled(self) -> bool:

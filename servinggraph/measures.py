@@ -7,6 +7,7 @@ when a graph is made. Nothing here knows how they are shown; `lifecycle.metrics`
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from time import perf_counter_ns
 from typing import Final
 
@@ -66,6 +67,9 @@ class NodeDurations:
         self.batch_wait.add(began - arrived - queued)
 
 
+Told = Callable[[int, str, int, str], None]
+
+
 class Traffic:
     """What became of the requests to one version of a graph over one protocol; each counts once.
 
@@ -75,11 +79,13 @@ class Traffic:
         whole: of answered ones: from when the request was there to when the answer can be sent.
         decode: of that, from bytes to tensors.
         encode: of that, from tensors to bytes.
+        told: takes each request as well: the moment, by `perf_counter_ns`, code, nanoseconds, id; None where nobody asks.
     """
 
-    __slots__ = ("answered", "decode", "encode", "failures", "whole")
+    __slots__ = ("answered", "decode", "encode", "failures", "told", "whole")
 
-    def __init__(self) -> None:
+    def __init__(self, told: Told | None = None) -> None:
+        self.told = told
         self.answered = 0
         self.failures: dict[str, int] = {}
         self.whole, self.decode, self.encode = Durations(), Durations(), Durations()
@@ -91,15 +97,29 @@ class Traffic:
         self.whole.add(now - context.arrived)
         self.decode.add(context.run_began - context.arrived)
         self.encode.add(now - context.run_ended)
+        if self.told is not None:
+            self.told(now, "ok", now - context.arrived, context.id)
 
-    def failed(self, code: str) -> None:
+    def failed(self, code: str, context: Context | None = None) -> None:
         """Count a request that is not answered."""
         self.failures[code] = self.failures.get(code, 0) + 1
+        if self.told is not None:
+            now = perf_counter_ns()
+            arrived = 0 if context is None else context.arrived
+            self.told(now, code, now - arrived if arrived else 0, "" if context is None else context.id)
 
 
 class TrafficByProtocol(dict[str, Traffic]):
-    """The traffic of one version of a graph, by protocol; there from the first request on."""
+    """The traffic of one version of a graph, by protocol; there from the first request on.
+
+    Args:
+        told: gives what takes each request of a protocol; see `Traffic`.
+    """
+
+    def __init__(self, told: Callable[[str], Told] | None = None) -> None:
+        super().__init__()
+        self._told = told
 
     def __missing__(self, protocol: str) -> Traffic:
-        traffic = self[protocol] = Traffic()
+        traffic = self[protocol] = Traffic(None if self._told is None else self._told(protocol))
         return traffic

@@ -99,6 +99,10 @@ class FrontEndOptions(Options):
     stream_stall_s: float = Field(
         60, gt=0, description="Longest time that the reader of a stream may take nothing; then its connection is cut off."
     )
+    access_log: str = Field(
+        "", description="File to which a line is appended for each request, `-` for standard output; empty for no such lines."
+    )
+    log_format: Literal["text", "json"] = Field("text", description="Form of the log's lines, and of the access log's.")
     otel: Literal["on", "off"] = Field("off", description="Whether spans of requests are sent to an OpenTelemetry collector.")
     otel_endpoint: str = Field(
         "",

@@ -17,7 +17,7 @@ from servinggraph.batching.members import Departures, SharedContext, Stamps, Wai
 from servinggraph.batching.pieces import run_in_pieces
 from servinggraph.batching.queue import BatchQueue
 from servinggraph.batching.rows import group_key, join, pad, rows_of_result, slice_rows, why_bad_errors
-from servinggraph.context import Context
+from servinggraph.context import Context, current_context
 from servinggraph.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -287,6 +287,7 @@ class Batcher:
                     value, rows = pad(value, rows, size), size
             if value is not batch[0].value:
                 stamps = self._free, began, perf_counter_ns()
+            current_context.set(context)
             result = self._call(value, context)
             if self._suspends:
                 # An operation that cannot suspend has run by now, and one that can has begun.

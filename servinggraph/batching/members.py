@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Hashable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from servinggraph.context import Context
 from servinggraph.errors import StepFailed
@@ -17,6 +17,10 @@ __all__ = ["Departures", "SharedContext", "Stamps", "Waiter", "awaited", "count_
 
 Stamps = tuple[int, int, int]
 """Since when there was room for a batch, when it began to be joined, and when its run began, by `perf_counter_ns`."""
+
+
+_SHOWN: Final = 8
+"""Requests of a batch that the log names."""
 
 
 class Waiter:
@@ -157,6 +161,12 @@ class SharedContext(Context):
     @property
     def sequences(self) -> tuple[Turn, ...]:
         return tuple(turn for waiter in self._batch for turn in waiter.context.sequences)
+
+    @property
+    def label(self) -> str:
+        labels = [waiter.context.label for waiter in self._batch[:_SHOWN]]
+        more = len(self._batch) - len(labels)
+        return ",".join(labels) + (f" and {more} more" if more else "")
 
     @property
     def cancelled(self) -> bool:

@@ -49,9 +49,8 @@ def _server_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the graph file.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True)
-@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @_server_options
-def serve(path: Path, overrides: tuple[str, ...], log_level: str, log_format: str, **settings: Any) -> None:
+def serve(path: Path, overrides: tuple[str, ...], log_level: str, **settings: Any) -> None:
     """Serve a graph file, a folder of them, or a bare .onnx model."""
     import asyncio
 
@@ -60,7 +59,8 @@ def serve(path: Path, overrides: tuple[str, ...], log_level: str, log_format: st
     from servinggraph.server import CannotServe, Server, ServerOptions, new_event_loop, read_graphs
 
     started = time.perf_counter()
-    configure_logging(log_level, log_format)
+    json_logs = settings["log_format"] == "json"
+    configure_logging(log_level, "json" if json_logs else "text")
     given = {name: _as_option(name, value) for name, value in settings.items() if value not in (None, ())}
     try:
         options = ServerOptions.model_validate(given)
@@ -72,7 +72,7 @@ def serve(path: Path, overrides: tuple[str, ...], log_level: str, log_format: st
         folder = path if path.is_dir() else None
         plans = [] if folder is not None else read_graphs(path, overrides)
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            announce = _announcement(path, started, json_logs=log_format == "json")
+            announce = _announcement(path, started, json_logs=json_logs)
             runner.run(_run(lambda: Server(plans, options, announce, folder, overrides)))
     except GraphInvalid as error:
         _fail(str(error), f"{len(error.problems)} problem{'s' if len(error.problems) != 1 else ''}: not served")

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from time import perf_counter_ns
 
-from servinggraph.context import Context
+from servinggraph.context import Context, current_context
 from servinggraph.errors import ServingGraphError, StepFailed
 from servinggraph.lifecycle.catalog import ServedGraph
 from servinggraph.lifecycle.profile import PROFILE, Profile, wants_profile
@@ -35,6 +35,7 @@ async def infer(graph: ServedGraph, request: InferenceRequest, context: Context)
         Unsupported: the graph is decoupled (`graph.plan.decoupled`): use `stream`.
         ServingGraphError: with the node that failed.
     """
+    current_context.set(context)
     if graph.door is None:
         graph.requests += 1
     else:
@@ -88,6 +89,7 @@ async def stream(graph: ServedGraph, request: InferenceRequest, context: Context
     if not plan.decoupled:
         yield await infer(graph, request, context)
         return
+    current_context.set(context)
     if graph.door is None:
         graph.requests += 1
     else:

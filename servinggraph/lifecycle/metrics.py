@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from servinggraph.accelerators.nvml import gpu_states
-from servinggraph.measures import Traffic, TrafficByProtocol
+from servinggraph.lifecycle.access import AccessLog, Entry
+from servinggraph.measures import Told, Traffic, TrafficByProtocol
 from servinggraph.metrics import Readings, families as of, triton as nv
 from servinggraph.metrics.steps import StepMeter, StepNames
 from servinggraph.statistics import GraphStatistics, NodeStatistics
@@ -36,8 +37,8 @@ FILL_BOUNDS: Final = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 class _Account:
     """What one version has counted so far, over all graphs that it has been."""
 
-    def __init__(self) -> None:
-        self.traffic = TrafficByProtocol()
+    def __init__(self, told: Callable[[str], Told] | None) -> None:
+        self.traffic = TrafficByProtocol(told)
         self.meters: dict[str, StepMeter] = {}
         self.replaced: deque[GraphStatistics] = deque()
         self.sums = Readings()
@@ -50,14 +51,29 @@ class Ledger:
 
     Args:
         triton: whether there are Triton's names as well.
+        access: takes each request for the access log; None without one.
     """
 
-    def __init__(self, *, triton: bool = False) -> None:
+    def __init__(self, *, triton: bool = False, access: AccessLog | None = None) -> None:
         self.triton = triton
+        self._access = access
         self._names = StepNames()
         self._accounts: OrderedDict[tuple[str, str], _Account] = OrderedDict()
         self._complained: set[str] = set()
-        self.unknown = TrafficByProtocol()
+        self.unknown = TrafficByProtocol(self._told("", ""))
+
+    def _told(self, graph: str, version: str) -> Callable[[str], Told] | None:
+        access = self._access
+        if access is None:
+            return None
+
+        def of_protocol(protocol: str) -> Told:
+            def told(moment: int, code: str, ns: int, id: str) -> None:
+                access.add(Entry(moment, protocol, graph, version, code, ns, id))
+
+            return told
+
+        return of_protocol
 
     def traffic(self, name: str, version: str) -> TrafficByProtocol:
         """Return where the requests to a version are counted."""
@@ -132,7 +148,7 @@ class Ledger:
     def _account(self, key: tuple[str, str]) -> _Account:
         account = self._accounts.get(key)
         if account is None:
-            account = self._accounts[key] = _Account()
+            account = self._accounts[key] = _Account(self._told(*key))
             if len(self._accounts) > MOST_VERSIONS:
                 self._accounts.popitem(last=False)
         return account

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from servinggraph.errors import ServingGraphError
 from servinggraph.interfaces import FrontEndOptions, Receipt
+from servinggraph.lifecycle.access import AccessLog
 from servinggraph.lifecycle.admission import Admission
 from servinggraph.lifecycle.audit import AuditLog
 from servinggraph.lifecycle.catalog import Catalog
@@ -36,7 +37,8 @@ class Serving:
     Attributes:
         options: limits and names.
         control: the graphs' routers, to be read and changed.
-        ledger: what is counted for metrics; None where they are off.
+        ledger: what is counted for metrics and the access log; None where both are off.
+        access: the access log; None without one.
         kafka: what the Kafka front end reports of each graph's topics; None where nothing is read.
         catalog: the graphs.
         admission: slots for requests in flight.
@@ -61,7 +63,9 @@ class Serving:
     ) -> None:
         self.options = options or FrontEndOptions()
         self.control = Control(AuditLog(Path(self.options.audit_log) if self.options.audit_log else None))
-        self.ledger = Ledger(triton=self.options.metrics_compat == "triton") if self.options.metrics == "on" else None
+        self.access = access_log(self.options)
+        measured = self.options.metrics == "on" or self.access is not None
+        self.ledger = Ledger(triton=self.options.metrics_compat == "triton", access=self.access) if measured else None
         self.kafka: Callable[[], Sequence[Mapping[str, Any]]] | None = None
         self.catalog = Catalog(self.control, self.ledger)
         self.admission = Admission(self.options.max_in_flight)
@@ -104,10 +108,26 @@ class Serving:
 
     async def close(self) -> None:
         """Write what is still to be written, and undo what settings changed in the process; the graphs have stopped."""
+        if self.access is not None:
+            await self.access.close()
         await self.tracing.flush()
         if self.spans is not None:
             await asyncio.to_thread(self.spans.close)
         self.logs.close()
+
+
+def access_log(options: FrontEndOptions) -> AccessLog | None:
+    """Return the access log; None without one.
+
+    Raises:
+        ServingGraphError: its file cannot be written.
+    """
+    if not options.access_log:
+        return None
+    try:
+        return AccessLog(options.access_log, options.log_format)
+    except OSError as error:
+        raise ServingGraphError(f"--access-log {options.access_log}: {error.strerror}") from error
 
 
 def span_sink(options: FrontEndOptions) -> SpanSink | None:

@@ -251,7 +251,7 @@ class AsyncMock:
                 traffic["mock"].succeeded(context)
         except BaseException as error:
             if traffic is not None:
-                traffic["mock"].failed(code_of(error))
+                traffic["mock"].failed(code_of(error), context)
             raise
         finally:
             if entered:

@@ -67,7 +67,7 @@ class ModelInfer:
             failure = failure_of(error, task)
             if failure is None:
                 if not requests.closing:
-                    requests.cancelled(found)
+                    requests.cancelled(found, context)
                     raise
                 failure = Unavailable("the server is shutting down")
         finally:

@@ -152,17 +152,17 @@ class Requests:
         if request.graph.traffic is not None:
             request.graph.traffic["grpc"].succeeded(context)
 
-    def cancelled(self, found: Found | None) -> None:
+    def cancelled(self, found: Found | None, context: Context) -> None:
         """Count a request whose caller left."""
         if found is not None and found[0].traffic is not None:
-            found[0].traffic["grpc"].failed(ErrorCode.CANCELLED.value)
+            found[0].traffic["grpc"].failed(ErrorCode.CANCELLED.value, context)
 
     def report(self, error: ServingGraphError, context: Context, found: Found | None) -> None:
         """Count a failure, and log those that are ours or the graph's; a caller's mistakes are told to the caller only."""
         if found is None:
             self.serving.refused("grpc", error)
         elif found[0].traffic is not None:
-            found[0].traffic["grpc"].failed(error.code.value)
+            found[0].traffic["grpc"].failed(error.code.value, context)
         if isinstance(error, StepFailed):
             self.serving.failures.report(context.graph, context.id, error)
 

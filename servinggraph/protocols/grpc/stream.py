@@ -259,7 +259,7 @@ class _Stream:
                 )
             self._requests.succeeded(request, context)
         except _Gone:
-            self._requests.cancelled(request.found)
+            self._requests.cancelled(request.found, context)
             raise
         except (Exception, asyncio.CancelledError) as error:
             item = self._failed(error, message, context, request.found)
@@ -280,7 +280,7 @@ class _Stream:
         assert task is not None
         failure = failure_of(error, task)
         if failure is None:
-            self._requests.cancelled(found)
+            self._requests.cancelled(found, context)
             raise error
         self._requests.report(failure, context, found)
         if self._errors_end_it:

@@ -162,7 +162,7 @@ class EventExchange(Exchange[Any]):
         try:
             self._admission.enter()
         except ServingGraphError as error:
-            self.count_failure(graph, error.code)
+            self.count_failure(graph, error.code, context)
             await send_whole(send, *error_response(error))
             return
         _trace(graph, context, headers)
@@ -180,15 +180,15 @@ class EventExchange(Exchange[Any]):
             if graph.traffic is not None:
                 graph.traffic["http"].succeeded(context)
         except ClientGone:
-            self.count_failure(graph, ErrorCode.CANCELLED)
+            self.count_failure(graph, ErrorCode.CANCELLED, context)
             return
         except _Stalled:
-            self.count_failure(graph, ErrorCode.CANCELLED)
+            self.count_failure(graph, ErrorCode.CANCELLED, context)
             events.cut_off()
             return
         except asyncio.CancelledError as error:
             if self._departures.gone(task):
-                self.count_failure(graph, ErrorCode.CANCELLED)
+                self.count_failure(graph, ErrorCode.CANCELLED, context)
                 return  # nobody is there to answer
             failure = self.cancelled(task, error)
             events.stall_s = 0  # the server ends: the client is told if it has room for it, and nobody waits

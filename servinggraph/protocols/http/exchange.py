@@ -138,7 +138,7 @@ class Exchange(ABC, Generic[AnswerT]):
         try:
             self._admission.enter()
         except ServingGraphError as error:
-            self.count_failure(graph, error.code)
+            self.count_failure(graph, error.code, context)
             await send_whole(send, *error_response(error))
             return
         if graph.tracer is not None:
@@ -160,11 +160,11 @@ class Exchange(ABC, Generic[AnswerT]):
             if graph.traffic is not None:
                 graph.traffic["http"].succeeded(context)
         except ClientGone:
-            self.count_failure(graph, ErrorCode.CANCELLED)
+            self.count_failure(graph, ErrorCode.CANCELLED, context)
             return
         except asyncio.CancelledError as error:
             if self._departures.gone(task):
-                self.count_failure(graph, ErrorCode.CANCELLED)
+                self.count_failure(graph, ErrorCode.CANCELLED, context)
                 return  # nobody is there to answer
             failure = self.cancelled(task, error)
             self.report(failure, graph, context)
@@ -182,14 +182,14 @@ class Exchange(ABC, Generic[AnswerT]):
         if reply is None or response[-1] is _CLOSE or not reply(_head(status, response, len(content)), content):
             await send_whole(send, status, response, content)
 
-    def count_failure(self, graph: ServedGraph, code: ErrorCode) -> None:
+    def count_failure(self, graph: ServedGraph, code: ErrorCode, context: Context) -> None:
         """Count a request that gets no answer."""
         if graph.traffic is not None:
-            graph.traffic["http"].failed(code.value)
+            graph.traffic["http"].failed(code.value, context)
 
     def report(self, error: ServingGraphError, graph: ServedGraph, context: Context) -> None:
         """Count a failure, and log those that are ours or the graph's; a caller's mistakes are told to the caller only."""
-        self.count_failure(graph, error.code)
+        self.count_failure(graph, error.code, context)
         if context.trace is not None:
             context.trace.failed(error.code.value, error.message, error.node)
         if isinstance(error, StepFailed):
