@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -92,5 +93,7 @@ class HttpClient:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, aiohttp.ClientConnectorError):
-        return error.os_error.strerror or str(error.os_error)
+        number = error.os_error.errno
+        # asyncio's own text repeats the address.
+        return os.strerror(number) if number is not None and number > 0 else str(error.os_error.strerror or error.os_error)
     return str(error) or type(error).__name__
