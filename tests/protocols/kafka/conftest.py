@@ -218,7 +218,7 @@ class Kit:
             await asyncio.gather(*sent)
 
     async def read(
-        self, topic: str, count: int | None = None, *, quiet_s: float = 1.0, patience_s: float = PATIENCE_S
+        self, topic: str, count: int | None = None, *, quiet_s: float = 0.6, patience_s: float = PATIENCE_S
     ) -> list[Any]:
         """Return a topic's committed records from its beginning: `count` of them, then what comes within `quiet_s`."""
         consumer = AIOKafkaConsumer(
