@@ -214,7 +214,8 @@ class RouterOptions(Options):
 
     state: str | None = Field(
         None,
-        description="Where settings and what was learned survive a restart: a path from this file's folder, or redis://...",
+        description="Where settings and what was learned survive a restart: a path from this file's folder, or "
+        "redis://... (6.2 or later).",
     )
 
 

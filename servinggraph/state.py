@@ -199,7 +199,10 @@ class RedisStore(StateStore):
             text = self._client.get(self._PREFIX + key)
         except self._failures as error:
             raise StateFailed(f"cannot read state '{key}' in Redis: {error}") from error
-        found: dict[str, Any] | None = None if text is None else orjson.loads(text)
+        try:
+            found: dict[str, Any] | None = None if text is None else orjson.loads(text)
+        except orjson.JSONDecodeError as error:
+            raise StateFailed(f"state '{key}' in Redis is not JSON: {error}; delete it to begin anew") from error
         return found
 
     def save(self, key: str, document: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import redis
 
 from servinggraph.state import FileStore, StateFailed, open_store
 
@@ -67,3 +68,12 @@ def test_a_redis_that_does_not_answer_is_said(tmp_path):
         store.load("k")
     with pytest.raises(StateFailed, match="cannot write state 'k' to Redis"):
         store.save("k", {})
+
+
+def test_a_document_in_redis_that_is_something_else_is_said(redis_url, tmp_path):
+    with redis.Redis.from_url(redis_url) as client:
+        client.set(f"servinggraph:state:{tmp_path}", b"{")
+    store = open_store(redis_url, tmp_path)
+    with pytest.raises(StateFailed, match="is not JSON.*delete it to begin anew"):
+        store.load(str(tmp_path))
+    store.close()

@@ -111,11 +111,11 @@ class Sharing:
         self._unsent = None
         del self._passing_on[: len(passing_on)]
         self._bytes -= sum(map(len, passing_on))
+        for message in told:
+            self._take(message)
         if saved is not None:
             self._follow(saved)
         self._router.take_in(everyone)
-        for message in told:
-            self._take(Feedback(**orjson.loads(message)))
 
     def _ask(
         self, learned: Learned, passing_on: Sequence[bytes]
@@ -124,13 +124,13 @@ class Sharing:
         everyone = self._store.add(self._key, self._worker, self._number, learned)
         return saved, everyone, self._store.tell(self._key, passing_on, self._seen)
 
-    def _take(self, record: Feedback) -> None:
+    def _take(self, message: bytes) -> None:
         """Take feedback that came to some worker, if the request is known here."""
-        if not self._router.knows(record.id):
-            return
         try:
-            self._router.feedback(record)
-        except ServingGraphError as error:
+            record = Feedback(**orjson.loads(message))
+            if self._router.knows(record.id):
+                self._router.feedback(record)
+        except (ServingGraphError, TypeError, ValueError) as error:  # the latter of a worker of another version
             logger.warning("router '%s' could not use feedback that came to another worker: %s", self._router.name, error)
 
     def _follow(self, saved: Mapping[str, Any]) -> None:

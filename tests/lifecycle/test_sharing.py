@@ -265,6 +265,29 @@ def test_a_truth_is_passed_on_to_where_the_answer_is(run, manual_clock, redis_ur
     run(check())
 
 
+def test_feedback_that_is_of_no_use_to_the_worker_that_answered_is_logged_there(
+    run, manual_clock, redis_url, name, caplog, tmp_path
+):
+    async def check():
+        def graph():
+            return a_graph(redis_url, name, scorer="accuracy")
+
+        async with graph().mock() as one, graph().mock() as other:
+            await one.infer(x=X, id="r")
+            assert {"score": "passed_on"} == await other.feedback("r", truth={"z": [1.0]})
+            store = open_store(redis_url, tmp_path)
+            store.tell(f"{name}/1/score", [b"{", b'{"id": "r", "of_a_later_version": 1}'], "")
+            store.close()
+            await exchanged(manual_clock)
+            await exchanged(manual_clock)
+            assert {"score": "taken"} == await one.feedback("r", truth=[1.0])
+
+    run(check())
+    said = [text for text in caplog.messages if "could not use feedback that came to another worker" in text]
+    assert any("a tensor 'z', which the answer had not" in text for text in said)
+    assert 5 == len(said)  # each of the two others by both
+
+
 def test_what_cannot_be_passed_on_is_unknown(run, manual_clock, redis_url, name):
     async def check():
         async with a_graph(redis_url, name, scorer="accuracy").mock() as server:
