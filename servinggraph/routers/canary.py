@@ -208,6 +208,9 @@ class Canary(Observer[CanaryOptions]):
             raise InvalidRequest(str(error)) from error
         self._follow()
 
+    def knows(self, id: str) -> bool:
+        return self._noted is not None and self._noted.find(id, self._now()) is not None
+
     def feedback(self, record: Feedback) -> Receipt:
         # Only the id tells with which share the request was decided, so a variant alone is of no use.
         if self._noted is None or record.metric not in self._metrics or record.reward is None or not record.id:

@@ -273,6 +273,7 @@ def test_a_metric_that_comes_as_feedback_is_counted_once_and_for_the_branch_that
         async with a_graph(guardrails=guardrails, min_samples=10).mock() as server:
             router = server.router("test")
             await server.infer(x=X, id="first")
+            assert [True, False] == [router.knows(request) for request in ("first", "never")]
             assert {"test": "taken"} == await server.feedback("first", metric="bought", reward=1.0)
             assert {"test": "duplicate"} == await server.feedback("first", metric="bought", reward=1.0)
             with pytest.raises(RequestNotFound):
