@@ -42,7 +42,7 @@ proto: .venv/.dev                  ## messages of the gRPC front end from their 
 
 lock:                              ## resolve requirements/lock.txt anew
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml requirements/dev.in --extra grpc --extra kafka --extra kafka-dev --extra onnx --extra otel --extra plot --extra redis --extra remote --extra test \
+	$(BIN)/uv pip compile pyproject.toml requirements/dev.in --extra grpc --extra kafka --extra kafka-dev --extra onnx --extra otel --extra plot --extra redis --extra remote --extra test --extra tools \
 	  --no-header --no-emit-index-url --no-annotate --python-version 3.11 --upgrade -o requirements/lock.txt
 	$(BIN)/uv pip compile pyproject.toml requirements/gpu.in --extra grpc --extra kafka --extra onnx-gpu --extra redis --extra remote \
 	  --constraint requirements/lock.txt --no-header --no-emit-index-url --no-annotate --python-version 3.11 --upgrade -o requirements/lock-gpu.txt
@@ -54,9 +54,9 @@ clean:
 	scripts/venv.sh $(PYTHON)
 
 .venv/.installed: .venv/bin/python pyproject.toml requirements/lock.txt
-	$(PIP) --editable '.[grpc,onnx,plot]'
+	$(PIP) --editable '.[grpc,onnx,plot,tools]'
 	touch $@
 
 .venv/.dev: .venv/.installed requirements/dev.in
-	$(PIP) --editable '.[grpc,kafka,kafka-dev,onnx,otel,plot,redis,remote,test]' --requirement requirements/dev.in
+	$(PIP) --editable '.[grpc,kafka,kafka-dev,onnx,otel,plot,redis,remote,test,tools]' --requirement requirements/dev.in
 	touch $@

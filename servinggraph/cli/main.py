@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import click
 
+from servinggraph.cli.bench import bench
 from servinggraph.cli.build import build
 from servinggraph.cli.compare import compare
 from servinggraph.cli.graph import check, plot, schema
 from servinggraph.cli.health import health
+from servinggraph.cli.infer import infer
 from servinggraph.cli.kafka import kafka
 from servinggraph.cli.project import init
 from servinggraph.cli.replay import replay  # noqa: F401  (a command of `kafka`)
 from servinggraph.cli.serve import serve
+from servinggraph.cli.top import top
 from servinggraph.version import __version__
 
 __all__ = ["main"]
@@ -38,5 +41,5 @@ def version() -> None:
             continue
 
 
-for command in (serve, build, health, check, plot, schema, init, compare, kafka):
+for command in (serve, build, health, infer, bench, top, check, plot, schema, init, compare, kafka):
     main.add_command(command)

@@ -1,0 +1,199 @@
+"""`infer`, `bench` and `top` against a server that runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from servinggraph.cli import main
+from servinggraph.cli.asking.target import TensorMeta
+from servinggraph.cli.asking.values import tensors_from
+
+ROOT = Path(__file__).parents[2]
+SCANS = np.load(ROOT / "examples" / "digits" / "holdout.npz")["images"][:2]
+
+DOUBLE = """\
+graph: double
+inputs: {x: {datatype: FP32, shape: [-1, 2]}, name: {datatype: BYTES, shape: [-1], optional: true}}
+nodes:
+  twice: {step: python, call: "asking_steps:twice", batch: {max_rows: 8}}
+answer: twice
+"""
+BODY = """\
+graph: body
+inputs: body
+nodes:
+  count: {step: python, call: "asking_steps:count"}
+answer: count
+"""
+STEPS = """\
+import numpy as np
+from servinggraph import InvalidRequest
+
+def twice(value):
+    if (value["x"] < 0).any():
+        raise InvalidRequest("negative")
+    return {"y": value["x"] * 2, **({"name": value["name"]} if "name" in value else {})}
+
+def count(body):
+    return {"count": len(body)}
+"""
+
+
+@pytest.fixture(scope="module")
+def urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Addresses of a server with two graphs, by protocol."""
+    folder = tmp_path_factory.mktemp("served")
+    for name, text in {"double": DOUBLE, "body": BODY}.items():
+        (folder / name).mkdir()
+        (folder / name / "graph.yaml").write_text(text)
+        (folder / name / "asking_steps.py").write_text(STEPS)
+    command = [sys.executable, "-m", "servinggraph", "serve", str(folder), "--http-port", "0", "--grpc-port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        found: dict[str, str] = {}
+        seen = ""
+        while len(found) < 2:
+            line = process.stdout.readline()
+            assert line, seen
+            seen += line
+            for protocol, scheme in (("HTTP", "http"), ("gRPC", "grpc")):
+                if match := re.search(rf"{protocol} on (?:http://|grpc://)?([\d.]+:\d+)", line):
+                    found[scheme] = f"{scheme}://{match[1]}"
+        yield found
+        process.terminate()
+        process.stdout.read()
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("scheme", ["http", "grpc"])
+def test_an_answer_is_printed_or_given_as_json(urls: dict[str, str], scheme: str) -> None:
+    done = run("infer", urls[scheme], "double", "-i", "x=[[1, 2]]")
+    assert 0 == done.exit_code, done.output
+    assert re.search(r"y FP32 \[1, 2\]\n\[\[2\., 4\.\]\]", done.output)
+    done = run("infer", urls[scheme], "double", "-i", "x=[[1, 2]]", "-i", 'name=["ä"]', "--json", "--id", "7")
+    document = json.loads(done.output)
+    assert ({"y": [[2.0, 4.0]], "name": ["ä"]}, "7") == (document["outputs"], document["id"])
+
+
+def test_values_come_from_files_and_answers_go_to_them(urls: dict[str, str], tmp_path: Path) -> None:
+    rows = np.arange(6, dtype=np.float32).reshape(3, 2)
+    np.save(tmp_path / "x.npy", rows)
+    np.savez(tmp_path / "x.npz", x=rows, other=rows)
+    (tmp_path / "x.json").write_text(json.dumps(rows.tolist()))
+    for name in ("x.npy", "x.npz", "x.json"):
+        done = run("infer", urls["http"], "double", "-i", f"x=@{tmp_path / name}", "-o", f"y=@{tmp_path / 'y.npy'}")
+        assert 0 == done.exit_code, done.output
+        np.testing.assert_array_equal(rows * 2, np.load(tmp_path / "y.npy"))
+        (tmp_path / "y.npy").unlink()
+
+
+def test_a_body_that_is_no_tensors_is_sent_as_it_is(urls: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text("[1, 2, 3]")
+    for body in ("[1, 2, 3]", f"@{tmp_path / 'list.json'}"):
+        done = run("infer", urls["http"], "body", "--body", body)
+        assert (0, {"count": 3}) == (done.exit_code, json.loads(done.output))
+    done = run("infer", urls["http"], "nobody", "--body", "[]")
+    assert (1, True) == (done.exit_code, "nobody" in done.output)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["double", "-i", "x=[[-1, 2]]"], 1, "negative"),
+        (["doubl", "-i", "x=[[1, 2]]"], 1, "doubl"),
+        (["double", "-i", "y=[[1, 2]]"], 2, "no input 'y'"),
+        (["double", "-i", "x=[[1, 2, 3]]"], 2, r"shape \[1, 3\], the model takes \[-1, 2\]"),
+        (["double", "-i", "x=[[1, 'a']]"], 2, "is no JSON"),
+        (["double", "-i", 'x=[["a", "b"]]'], 2, "no array of numbers"),
+        (["double", "-i", "name=[1]", "-i", "x=[[1, 2]]"], 2, "no texts"),
+        (["double", "-i", "x=@nowhere.npy"], 2, "cannot read nowhere.npy"),
+        (["double"], 1, "'?x'?"),
+        (["body"], 2, "takes no tensors"),
+    ],
+)
+def test_what_is_wrong_is_said(urls: dict[str, str], arguments: list[str], code: int, text: str) -> None:
+    done = run("infer", urls["http"], *arguments)
+    assert code == done.exit_code, done.output
+    assert re.search(text, done.output), done.output
+
+
+@pytest.mark.parametrize("command", ["infer", "bench"])
+def test_a_server_that_is_not_there_is_said(command: str) -> None:
+    done = run(command, "http://127.0.0.1:1", "double", "-i", "x=[[1, 2]]")
+    assert (1, True) == (done.exit_code, "127.0.0.1:1 double: " in done.output)
+    assert 2 == run(command, "ftp://127.0.0.1", "double").exit_code
+
+
+def test_pictures_become_pixels_of_the_shape_that_the_model_takes(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.fromarray(SCANS[0]).save(tmp_path / "scan.png")
+    Image.fromarray(np.zeros((4, 5, 3), np.uint8)).save(tmp_path / "colours.png")
+    grey, colours = TensorMeta("image", "UINT8", (-1, 8, 8)), TensorMeta("image", "FP32", (-1, 3, 4, 5))
+    found = tensors_from([f"@{tmp_path / 'scan.png'}"], [grey])["image"]
+    np.testing.assert_array_equal(SCANS[:1], found)
+    assert (1, 3, 4, 5) == tensors_from([f"image=@{tmp_path / 'colours.png'}"], [colours])["image"].shape
+    with pytest.raises(Exception, match="resize it"):
+        tensors_from([f"image=@{tmp_path / 'colours.png'}"], [grey])
+
+
+def test_numbers_that_a_datatype_cannot_hold_are_refused() -> None:
+    wanted = [TensorMeta("x", "UINT8", (-1,))]
+    assert [1, 255] == tensors_from(["[1, 255]"], wanted)["x"].tolist()
+    for value in ("[256]", "[-1]", "[1.5]"):
+        with pytest.raises(Exception, match="x: "):
+            tensors_from([f"x={value}"], wanted)
+
+
+@pytest.mark.parametrize("scheme", ["http", "grpc"])
+@pytest.mark.parametrize("more", [[], ["--rate", "100"]])
+def test_a_load_is_counted_and_drawn(urls: dict[str, str], scheme: str, more: list[str], tmp_path: Path) -> None:
+    drawn = tmp_path / "latency.png"
+    done = run("bench", urls[scheme], "double", "-c", 4, "-d", 0.5, "--warmup", 0.1, "--json", "--plot", drawn, *more)
+    assert 0 == done.exit_code, done.output
+    document = json.loads(done.output)
+    assert {} == document["errors"]
+    assert 0 < document["latency_ms"]["p50"] <= document["latency_ms"]["p99"] <= document["latency_ms"]["max"]
+    assert document["requests"] > 5
+    if more:
+        assert document["requests"] <= 51
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_load_that_fails_says_with_what(urls: dict[str, str]) -> None:
+    done = run("bench", urls["http"], "double", "-i", "x=[[-1, 1]]", "-d", 0.2)
+    assert (1, True) == (done.exit_code, "negative" in done.output)
+
+
+def test_top_shows_each_node_and_the_rates_between_two_looks(urls: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "servinggraph", "bench", urls["http"], "double", "-d", "3", "--warmup", "0", "-c", "2"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as load:
+        for _ in range(20):
+            done = run("top", urls["http"], "--once", "-n", 0.3, "--graph", "double")
+            assert 0 == done.exit_code, done.output
+            rate = re.search(r"^\s*twice\s+([\d.,]+)", done.output, re.MULTILINE)
+            assert rate is not None, done.output
+            if float(rate[1].replace(",", "")) > 0:
+                break
+        else:
+            raise AssertionError(done.output)
+        load.terminate()
+    assert "double version 1" in done.output
+    assert "body version" not in done.output
+
+
+def test_top_says_when_there_are_no_metrics() -> None:
+    done = run("top", "http://127.0.0.1:1", "--once")
+    assert (1, True) == (done.exit_code, "/metrics: " in done.output)
