@@ -37,6 +37,11 @@ def values(record: Any) -> list[float]:
     return list(json.loads(record.value)["outputs"][0]["data"])
 
 
+def numbers(records: list[Any]) -> list[float]:
+    """Return the first number of each V2 answer."""
+    return [values(record)[0] for record in records]
+
+
 def header(record: Any, name: str) -> str | None:
     """Return a header as text; None without it."""
     found = dict(record.headers).get(name)

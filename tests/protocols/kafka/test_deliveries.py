@@ -14,10 +14,7 @@ pytestmark = pytest.mark.anyio
 path = str(Path(__file__).with_name("conftest.py"))
 here = next(module for module in sys.modules.values() if getattr(module, "__file__", None) == path)
 body, values, header, until, double = here.body, here.values, here.header, here.until, here.double
-
-
-def numbers(records):
-    return [values(record)[0] for record in records]
+numbers = here.numbers
 
 
 async def test_exactly_once_writes_answers_and_offsets_together(kit):
