@@ -264,7 +264,6 @@ class Ensemble(Router[EnsembleOptions]):
         may_fail = list(members) if on_failure == "reweight" else list(options.defaults or ())
         may_be_late = list(members) if on_failure != "default" else may_fail
         self._defaults: Defaults | None = None
-        self._may_miss = hedged or on_failure != "fail"
         if quorum is not None and quorum > count:
             problems.append(Problem(f"'quorum' is {quorum}, but there are {count} members", node="quorum"))
         if hedged and quorum is None:
@@ -281,6 +280,9 @@ class Ensemble(Router[EnsembleOptions]):
             same = options.combine in _RULES
             self._defaults = defaults_of(options.defaults, members, combined, problems, same=same)
         needed = quorum or (count if on_failure == "fail" else 1)
+        if needed >= count:  # nobody can be spared, so a failure is the request's, as it is
+            may_fail = may_be_late = []
+        self._may_miss = bool(may_fail) or (hedged and bool(may_be_late))
         return Gathering(tuple(members), needed, hedged=hedged, may_fail=may_fail, may_be_late=may_be_late)
 
     def _outputs(

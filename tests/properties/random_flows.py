@@ -189,6 +189,8 @@ def _guards(draw: st.DrawFn) -> dict[str, Any]:
 KINDS: dict[str, tuple[int, int]] = {
     "chain": (1, 3),
     "ensemble": (2, 3),
+    "stacking": (2, 3),
+    "model": (2, 3),
     "ab": (2, 3),
     "bandit": (2, 3),
     "choice": (2, 3),
@@ -213,6 +215,11 @@ def _options(draw: st.DrawFn, flow: Flow) -> dict[str, Any]:
     if flow.kind == "ab":
         weights = {name: draw(st.sampled_from([0, 1, 3])) for name in names[:-1]} | {names[-1]: 1}
         return {"weights": weights, "key": draw(st.sampled_from([None, "id", "parameter:n", "tensor:x"]))}
+    if flow.kind == "model":
+        default = draw(st.sampled_from([None, *names]))
+        unknown = "default" if default is not None and draw(st.booleans()) else "refuse"
+        aliases = {str(number): draw(st.sampled_from(names)) for number in range(draw(st.integers(0, 4)))}
+        return {"by": "parameter:n", "aliases": aliases, "default": default, "unknown": unknown}
     if flow.kind == "bandit":
         policy = draw(st.sampled_from(["epsilon_greedy", "ucb1", "thompson"]))
         scorer, failure_reward = draw(st.sampled_from([None, "accuracy"])), draw(st.sampled_from([None, 0.0]))
@@ -261,10 +268,17 @@ def _bare(flow: Flow) -> NodeSketch:
     branches = {name: _sketch(branch) for name, branch in zip(flow.names, flow.branches, strict=True)}
     if flow.kind == "step":
         return _python(flow)
+    if flow.kind == "stacking":
+        return routers.Ensemble({**branches, "last": _stacker}, "stacking", stacker="last", **flow.options)
     if flow.kind in ("filter", "map", "cycle"):
         (branch,) = branches.values()
         return getattr(routers, flow.kind.capitalize())(branch, **flow.options)
     return getattr(routers, flow.kind.capitalize())(branches, **flow.options)
+
+
+def _stacker(value: Any) -> Any:
+    members = np.stack(list(value.values()))  # fails where a map inside has left out rows of one member
+    return {"x": np.stack([members[0, :, 0], members[:, :, 1].sum(axis=0)], axis=1)}
 
 
 def _entering(flow: Flow) -> NodeSketch:
@@ -405,6 +419,25 @@ def _of_ab(flow: Flow, who: int, rows: Rows) -> Outcomes:
     return found
 
 
+def _of_model(flow: Flow, who: int, rows: Rows) -> Outcomes:
+    branches = dict(zip(flow.names, flow.branches, strict=True))
+    name = flow.options["aliases"].get(str(who)) or (flow.options["default"] if flow.options["unknown"] == "default" else None)
+    return outcomes(branches[name], who, rows) if name else _error("not_found")
+
+
+def _of_stacking(flow: Flow, who: int, rows: Rows) -> Outcomes:
+    members = [outcomes(branch, who, rows) for branch in flow.branches]
+    assume(np.prod([len(found.answers) for found in members]) <= MOST_ANSWERS)
+    errors = {code for found in members for code in found.errors}
+    sums = []
+    for chosen in product(*(found.answers for found in members)):
+        if len({len(answer) for answer in chosen}) > 1:
+            errors.add("internal")
+        else:
+            sums.append([sum(column) for column in zip(*chosen, strict=True)])
+    return _answers(sums) | _error(*errors)
+
+
 def _of_bandit(flow: Flow, who: int, rows: Rows) -> Outcomes:
     found = NOTHING
     for branch in flow.branches:
@@ -503,4 +536,6 @@ _outcomes_of: dict[str, Callable[[Flow, int, Rows], Outcomes]] = {
     "map": _of_map,
     "cycle": _of_cycle,
     "ensemble": _of_ensemble,
+    "stacking": _of_stacking,
+    "model": _of_model,
 }

@@ -241,3 +241,9 @@ def test_an_ensemble_without_weights_has_no_settings_and_may_be_pure() -> None:
             server.adjust("n", {"weights": {"a": 1}})
     with pytest.raises(GraphInvalid, match="settings that can be changed"):
         ensemble(members, "weighted_mean", weights={"a": 1, "b": 2}, pure=True).compile()
+
+
+@pytest.mark.parametrize("options", [{"quorum": 2}, {"quorum": 2, "wait": "quorum"}, {"quorum": 2, "on_failure": "reweight"}])
+def test_where_nobody_can_be_spared_a_failure_is_told_as_it_is(options: Any) -> None:
+    with ensemble({"a": good, "b": bad}, **options).mock() as server, pytest.raises(StepFailed, match=r"n\.b.*no"):
+        server.infer(x=X)
