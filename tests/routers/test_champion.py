@@ -699,3 +699,102 @@ def test_generators_and_steps_with_state_are_refused_as_branches():
     graph.to(routers.Champion({"old": same, "new": keeps}, "old"), "test").respond()
     with pytest.raises(GraphInvalid, match="'test.new' keeps state for a sequence, which has gone on by then"):
         graph.compile()
+
+
+# ---- inside and around other things
+
+
+def test_documents_are_compared_as_well(run, manual_clock):
+    def old(document):
+        return {"label": document["text"].upper(), "score": 0.5}
+
+    def new(document):
+        return {"label": document["text"].upper(), "score": 0.5001}
+
+    async def check():
+        graph = a_graph(new, old, inputs="body", compare={"rtol": 0.01})
+        async with graph.mock() as server:
+            assert {"label": "HI", "score": 0.5} == await server.invoke({"text": "hi"})
+            await counted(server, manual_clock, 1)
+            assert 1 == report(server)["agreement"]["agreed"]
+            assert 0 == report(server)["now"]["bytes"]
+
+    run(check())
+
+
+def test_behind_a_generator_each_item_is_copied_when_it_was_given(run, manual_clock):
+    def items(value):
+        for number in range(3):
+            yield {"x": value["x"] + number}
+
+    async def check():
+        champion = routers.Champion({"old": same, "new": same}, "old", shadow={"max_loop_share": 1.0})
+        graph = Graph("g", {"x": ("FP32", [-1])}).to(items).to(champion, "test").respond()
+        async with graph.mock() as server:
+            given = [reply.outputs["y"].tolist() async for reply in server.stream(x=X)]
+            assert [[1.0, 2.0], [2.0, 3.0], [3.0, 4.0]] == given
+            await counted(server, manual_clock, 3)
+            assert 3 == report(server)["agreement"]["agreed"]
+
+    run(check())
+
+
+def test_a_challenger_may_be_any_router_and_a_champion_may_be_inside_one(run, manual_clock):
+    async def check():
+        options = {"shadow": {"max_loop_share": 1.0}}
+        inner = routers.Champion({"a": same, "b": same}, "a", **options)
+        fallback = routers.Fallback({"first": same, "second": same})
+        outer = routers.Champion({"old": routers.Chain({"one": same, "two": lambda value: {"x": value["y"]}, "in": inner}),
+                                  "new": fallback, "deep": inner}, "old", **options)  # fmt: skip
+        graph = Graph("g", {"x": ("FP32", [-1])}).to(outer, "test").respond()
+        async with graph.mock() as server:
+            reply = await server.infer(x=X)
+            assert {"test.variant": "old", "test.old.in.variant": "a"} == reply.parameters
+            await counted(server, manual_clock, 1, "new")
+            await counted(server, manual_clock, 1, "deep")
+            await manual_clock.settle()
+            assert 1 == report(server, "new")["agreement"]["agreed"] == report(server, "deep")["agreement"]["agreed"]
+            for name in ("test.old.in", "test.deep"):  # a challenger that is itself a champion has copies of copies
+                assert 1 == server.router(name).report()["challengers"]["b"]["agreement"]["agreed"]
+
+    run(check())
+
+
+def test_each_item_of_a_map_is_copied(run, manual_clock):
+    async def check():
+        options = {"shadow": {"max_loop_share": 1.0}}
+        each = routers.Champion({"old": same, "new": same}, "old", **options)
+        graph = Graph("g", {"x": ("FP32", [-1])}).to(routers.Map(each), "test").respond()
+        async with graph.mock() as server:
+            await server.infer(x=X)
+            await manual_clock.settle()
+            assert 2 == server.router("test.each").report()["challengers"]["new"]["agreement"]["of"]
+
+    run(check())
+
+
+def test_a_reload_leaves_no_copy_behind_and_is_not_held_up(run, manual_clock):
+    from servinggraph.lifecycle import Control
+    from servinggraph.lifecycle.catalog import Catalog
+    from servinggraph.lifecycle.inference import infer
+    from servinggraph.messages import InferenceRequest
+
+    async def check():
+        graph = a_graph(FakeModel({"y": X}, delay_s=3600), shadow={"timeout_ms": 1e8})
+        control = Control()
+        catalog = Catalog(control)
+        await catalog.load([graph.compile()])
+        old = catalog.get("g")
+        await infer(old, InferenceRequest({"x": X}), Context())
+        await manual_clock.settle()
+        assert 1 == old.seats["test"].router.report()["challengers"]["new"]["now"]["running"]
+        new = catalog.made(graph.compile())
+        await new.executor.start()
+        catalog.swap([new], [old])
+        await old.drained()  # a copy is no request
+        await old.stop()
+        assert {"stopped": 1} == old.seats["test"].router.report()["challengers"]["new"]["dropped"]
+        await infer(catalog.get("g"), InferenceRequest({"x": X}), Context())
+        await catalog.stop()
+
+    run(check())
