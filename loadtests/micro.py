@@ -124,6 +124,7 @@ ROUTERS: dict[str, tuple[NodeSketch, float | None]] = {
     "ab of two by key": (routers.Ab(PLAIN, {"a": 9, "b": 1}, key="parameter:user"), 2),
     "bandit of two, ucb1": (routers.Bandit(PLAIN, "ucb1"), None),
     "bandit of two, thompson": (routers.Bandit(PLAIN, "thompson"), None),
+    "champion of two, nothing copied": (routers.Champion(PLAIN, "a", rate=0.0), None),
     "choice by a parameter": (routers.Choice(PLAIN, when={"a": "parameters['user'] == 'ann'"}, default="b"), None),
     "fallback whose first branch answers": (routers.Fallback(PLAIN), None),
     "chain of two steps": (routers.Chain(PLAIN), None),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -40,7 +41,7 @@ class ComparisonOptions(Options):
 
     by: Literal["values", "label"] = Field(
         "values",
-        description="values: floating tensors agree within the tolerance; label: in where the largest of their last axis is. "
+        description="values: floating tensors agree within the tolerance; label: in where the largest of the last axis is. "
         "Integers, booleans and text must be equal either way.",
     )
     rtol: float = Field(1e-3, ge=0, description="Tolerance relative to the champion's value.")
@@ -271,13 +272,21 @@ def _agreeing(one: Array, other: Array, rtol: float, atol: float) -> tuple[Array
     largest = 0.0
     for piece in _pieces(len(one)):
         a, b = one[piece].astype(np.float64), other[piece].astype(np.float64)
-        agreeing[piece] = _close(a, b, rtol, atol)
         with np.errstate(invalid="ignore", over="ignore"):
             difference = np.abs(b - a)
-        difference[(a == b) | (np.isnan(a) & np.isnan(b))] = 0.0
-        np.nan_to_num(difference, copy=False, nan=np.inf, posinf=np.inf)
-        largest = max(largest, float(difference.max(initial=0.0)))
+            most = _most(difference)
+            if isfinite(most):  # all of them are, and so are the values: what `isclose` is careful about is not there
+                agreeing[piece] = difference <= atol + rtol * np.abs(a)
+            else:
+                agreeing[piece] = _close(a, b, rtol, atol)
+                difference[(a == b) | (np.isnan(a) & np.isnan(b))] = 0.0
+                most = _most(np.nan_to_num(difference, nan=np.inf, posinf=np.inf))
+        largest = max(largest, most)
     return agreeing, largest
+
+
+def _most(difference: Array) -> float:
+    return float(difference.max(initial=0.0))
 
 
 def _close(champion: Any, challenger: Any, rtol: float, atol: float) -> Any:

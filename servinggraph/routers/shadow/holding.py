@@ -54,11 +54,15 @@ def held_bytes(*values: Any) -> int:
         if id(item) in seen:
             continue
         seen.add(id(item))
-        # An array's own object counts as nothing beside what it holds.
-        size = max(size, item.nbytes if isinstance(item, np.ndarray) else sys.getsizeof(item, _OBJECT))
-        total += size * times
+        if isinstance(item, np.ndarray):
+            total += max(size, item.nbytes) * times
+            if item.dtype != object:
+                continue
+        else:
+            total += max(size, sys.getsizeof(item, _OBJECT)) * times
         number, some = _parts(item)
-        waiting.extend((part, times * number / len(some)) for part in some)
+        if number:
+            waiting.extend([(part, times * number / len(some)) for part in some])
     return int(total)
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from time import perf_counter_ns
 from typing import Any, Final
 
+import numpy as np
 from pydantic import Field
 
 from servinggraph.concurrency import WorkerThreads, run_until
@@ -39,6 +40,9 @@ _FIRST_SHARE: Final = 0.1
 _SMALL_BYTES: Final = 65_536
 """Larger answers are compared in a thread."""
 
+_TEXT_COST: Final = 8
+"""How much longer texts and documents take to compare than numbers of as many bytes."""
+
 
 class ShadowOptions(Options):
     """What challengers may take; each of them has all of it to itself."""
@@ -49,7 +53,10 @@ class ShadowOptions(Options):
     concurrency: int = Field(8, ge=1, description="Most copies that a challenger runs at the same time.")
     max_pending: int = Field(64, ge=0, description="Most copies that wait for it; one more is dropped.")
     max_bytes: int = Field(
-        64 * 2**20, ge=1, description="Most bytes that its copies keep in memory, waiting or running; more are dropped."
+        64 * 2**20,
+        ge=1,
+        description="Most bytes that its copies keep in memory, waiting or running: inputs and the champion's answers. More "
+        "are dropped.",
     )
     max_loop_share: float = Field(
         0.002,
@@ -261,7 +268,7 @@ class Lane:
             copy.record.compares(verdict, copy.id, copy.value, copy.answer, answer)
 
     async def _verdict(self, copy: Copy, answer: Any, context: ShadowContext) -> Verdict:
-        if not self._compare.custom and held_bytes(copy.answer, answer) <= _SMALL_BYTES:
+        if not self._compare.custom and _is_small(copy.answer) and _is_small(answer):
             return self._compare(copy.answer, answer)
 
         def compare(value: Any, _: Context) -> Verdict:
@@ -317,3 +324,12 @@ class Lane:
         self._counted()
         if self._waiting:
             self._start_soon()
+
+
+def _is_small(answer: Any) -> bool:
+    """Tell whether an answer is compared faster than a thread is told to."""
+    total = 0
+    for item in answer.values() if isinstance(answer, Mapping) else (answer,):
+        is_plain = isinstance(item, np.ndarray) and item.dtype.kind not in "OUST"
+        total += item.nbytes if is_plain else _TEXT_COST * held_bytes(item)
+    return total <= _SMALL_BYTES
