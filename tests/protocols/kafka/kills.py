@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError
 
 ROOT = Path(__file__).parents[3]
@@ -224,8 +224,25 @@ class Harness:
         while not condition():
             if time.monotonic() > end:
                 log = (self.folder / "log").read_text()[-3000:]
-                raise AssertionError(f"{what() if callable(what) else what}\n{log}")
+                text = what() if callable(what) else what
+                raise AssertionError(f"{text}\n{log}\n{await self._where_it_stands()}")
             await asyncio.sleep(0.05)
+
+    async def _where_it_stands(self) -> str:
+        """Say of each partition what is committed, and where the topics end for readers of committed and of all records."""
+        lines = []
+        group = self.topics["in"]
+        for isolation in ("read_committed", "read_uncommitted"):
+            async with AIOKafkaConsumer(
+                bootstrap_servers=self.cluster.address, group_id=group, enable_auto_commit=False, isolation_level=isolation
+            ) as consumer:
+                for name in ("in", "out"):
+                    places = [TopicPartition(self.topics[name], number) for number in range(PARTITIONS)]
+                    ends = await consumer.end_offsets(places)
+                    lines.append(f"{name}, {isolation}: ends {[ends[place] for place in places]}")
+                    if name == "in":
+                        lines.append(f"group: {[await consumer.committed(place) for place in places]}")
+        return "\n".join(lines)
 
     async def _all(self, topic: str) -> list[Any]:
         """Return all committed records of a topic, read by a consumer of its own."""
