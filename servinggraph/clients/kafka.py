@@ -32,6 +32,7 @@ from servinggraph.messages import InferenceResponse
 from servinggraph.protocols.freeform import decode_body
 from servinggraph.protocols.freeform.body import media_of
 from servinggraph.protocols.freeform.client import encode_body
+from servinggraph.protocols.kafka.clients import lasting
 from servinggraph.protocols.v2.client import decode_response, encode_request
 from servinggraph.steps.topics.writer import Record, TopicOptions, TopicWriter
 from servinggraph.tensors import Array
@@ -108,9 +109,10 @@ class Client:
             Unavailable: no broker can be reached, or the reply topic is not there.
         """
         settings = self._connection.client_settings()
-        self._consumer = AIOKafkaConsumer(
+        consumer = AIOKafkaConsumer(
             **settings, auto_offset_reset="latest", enable_auto_commit=False, isolation_level="read_committed", check_crcs=False
         )
+        self._consumer = lasting(consumer)
         self._writer = TopicWriter(self._writing)
         try:
             async with asyncio.timeout(_START_S):

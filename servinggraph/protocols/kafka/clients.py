@@ -8,20 +8,26 @@ group's generation (no KIP-447), so a zombie is fenced by a transactional id for
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Final
+import logging
+from typing import Any, Final, TypeVar
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.errors import UnknownTopicOrPartitionError
 
 from servinggraph.kafka import KafkaOptions, development
 
-__all__ = ["Clients", "client_of", "closed", "has_topic", "partitions_of"]
+__all__ = ["Clients", "client_of", "closed", "has_topic", "lasting", "partitions_of"]
+
+logger = logging.getLogger("servinggraph.kafka.client")
+
+ClientT = TypeVar("ClientT", AIOKafkaConsumer, AIOKafkaProducer)
 
 _BATCH_BYTES: Final = 256 * 1024
 _SMALLEST_BATCH: Final = 1024
 _OVERHEAD: Final = 64 * 1024
 """Dead letters have headers beside what was as large as allowed already."""
 _REQUEST_MS: Final = 15_000
+_PAUSE_S: Final = 0.1
 _FETCH_BYTES: Final = 2**20
 
 
@@ -84,7 +90,7 @@ class Clients:
             "check_crcs": not development.address(),  # its transactions' markers have none
             **given.settings,
         }
-        return AIOKafkaConsumer(**settings)
+        return lasting(AIOKafkaConsumer(**settings))
 
     def producer(self, transactional_id: str | None = None) -> AIOKafkaProducer:
         """Return a producer that is not started: idempotent, and waiting for all replicas.
@@ -108,7 +114,31 @@ class Clients:
                 "transactional_id": transactional_id,
                 "transaction_timeout_ms": self._options.transaction.timeout_ms,
             }
-        return AIOKafkaProducer(**settings)
+        return lasting(AIOKafkaProducer(**settings))
+
+
+def lasting(client: ClientT) -> ClientT:
+    """Return a client, not started yet, that goes on to follow the cluster whatever happens to it meanwhile.
+
+    aiokafka asks for metadata in a task of its own. A connection that breaks at the wrong moment ends that task, silently,
+    and from then on whoever waits for news of the cluster, a producer that has to try again say, waits for ever
+    (tests/protocols/kafka/kills.md, killed brokers).
+    """
+    connections = client_of(client)
+    once = connections._md_synchronizer  # noqa: SLF001  (no public way)
+
+    async def again_and_again() -> None:
+        while True:
+            try:
+                await once()
+            except Exception:
+                logger.warning("aiokafka stopped to follow the cluster; it begins again", exc_info=True)
+                await asyncio.sleep(_PAUSE_S)
+                if not connections._md_update_waiter.done():  # noqa: SLF001  (at once: somebody may wait already)
+                    connections._md_update_waiter.set_result(None)  # noqa: SLF001
+
+    connections._md_synchronizer = again_and_again  # noqa: SLF001
+    return client
 
 
 async def closed(client: AIOKafkaConsumer | AIOKafkaProducer, timeout_s: float) -> bool:

@@ -15,7 +15,7 @@ from servinggraph.errors import ServingGraphError, StepFailed, Unavailable
 from servinggraph.importing import ImportProblem
 from servinggraph.interfaces import BatchPolicy, Step
 from servinggraph.kafka import ConnectionOptions, headers as names
-from servinggraph.protocols.kafka.clients import closed
+from servinggraph.protocols.kafka.clients import closed, lasting
 from servinggraph.routers.selection.keys import key_reader
 from servinggraph.tracing import trace_headers
 
@@ -157,7 +157,7 @@ class TopicWriter:
             if self._producer is None:
                 options = self._options
                 compression = None if options.compression == "none" else options.compression
-                producer = AIOKafkaProducer(
+                made = AIOKafkaProducer(
                     **options.client_settings(),
                     **{
                         "acks": "all",
@@ -168,6 +168,7 @@ class TopicWriter:
                         **options.settings,
                     },
                 )
+                producer = lasting(made)
                 try:
                     await producer.start()
                 except BaseException:
