@@ -86,3 +86,10 @@ def test_a_graph_with_topics_is_saved_and_read_back_as_it_was(tmp_path):
     graph.save(tmp_path / "graph.yaml")
 
     assert graph == Graph.load(tmp_path / "graph.yaml")
+
+
+def test_a_certificate_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "ca.pem").write_text("nonsense")
+    for file, text in (("ca.pem", "ca '.*ca.pem': "), ("none.pem", "ca '.*none.pem': No such file")):
+        with pytest.raises(OSError, match=text):
+            SecurityOptions(protocol="ssl", ca=str(tmp_path / file)).client_settings()

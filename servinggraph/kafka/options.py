@@ -80,10 +80,14 @@ class SecurityOptions(Options):
         """
         settings: dict[str, Any] = {"security_protocol": self.protocol.upper()}
         if "ssl" in self.protocol:
-            context = ssl.create_default_context(cafile=self.ca)
+            try:
+                context = ssl.create_default_context(cafile=self.ca)
+                if self.cert:
+                    context.load_cert_chain(self.cert, self.key, self.key_password)
+            except OSError as error:  # whose own text says no file
+                files = ", ".join(f"{key} '{file}'" for key in ("ca", "cert", "key") if (file := getattr(self, key)))
+                raise OSError(f"the certificates cannot be used, of {files}: {error.strerror or error}") from error
             context.check_hostname = self.check_hostname
-            if self.cert:
-                context.load_cert_chain(self.cert, self.key, self.key_password)
             settings["ssl_context"] = context
         if self.protocol.startswith("sasl"):
             settings["sasl_mechanism"] = self.mechanism
