@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.errors import IllegalStateError
 
 from servinggraph.kafka import headers as names
 from servinggraph.protocols.kafka.budget import Budget
@@ -143,7 +145,8 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
             for place, records in read.items():
                 partition = self.partitions.get(place)
                 if partition is None:  # a rebalance is under way: they are read again once it is known where from
-                    consumer.seek(place, records[0].offset)
+                    with contextlib.suppress(IllegalStateError):  # or they are another member's by now
+                        consumer.seek(place, records[0].offset)
                     continue
                 if not await self.delivery.taken(partition, records[-1].offset) or not partition.owned:
                     continue

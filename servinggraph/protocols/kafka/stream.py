@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer
-from aiokafka.errors import KafkaError
+from aiokafka.errors import IllegalStateError, KafkaError
 
 from servinggraph.guards import backoff_s
 from servinggraph.kafka import KafkaOptions
@@ -151,6 +151,8 @@ class Stream:
             ready = self.ready
             try:
                 self.lag = await asyncio.wait_for(self._lag_of(session), 2 * _LAG_S)
+            except IllegalStateError:
+                continue  # partitions were given out anew meanwhile
             except (KafkaError, TimeoutError):
                 if session.joined and not self.state:
                     logger.warning("graph '%s', Kafka: no answer from %s; waiting", self.graph, self.clients.brokers)
