@@ -32,6 +32,7 @@ from servinggraph.tensors import Array, row_count
 
 __all__ = ["Batcher"]
 
+_ASIDE_S = 1.0  # how long `close` waits for copies of requests, for which nobody else waits
 _LONELY = 4
 """Batches of one request in a row after which the next request is not made to wait for company."""
 
@@ -80,7 +81,7 @@ class Batcher:
         self._free = 0
         self._timer: asyncio.Handle | None = None
         self._timer_at = inf
-        self._runs: set[asyncio.Future[Any]] = set()
+        self._runs: dict[asyncio.Future[Any], bool] = {}  # whether only copies of requests are in it
         self._joined: set[asyncio.Task[Any]] = set()
         self._closed = False
         self._abandoned = False
@@ -156,16 +157,15 @@ class Batcher:
         return result
 
     async def close(self) -> None:
-        """Refuse what is queued and new, and wait for the batches that run.
-
-        When this is cancelled, because it takes too long, those are abandoned.
-        """
+        """Refuse what is queued and new, and wait for the batches that run; they are abandoned when this is cancelled."""
         self._closed = True
         for member in self._queue.clear():
             self._fail([member], Unavailable("is shutting down"))
         try:
-            while self._runs or self._joined:
-                await asyncio.wait(self._runs | self._joined)
+            while waited := {run for run, aside in self._runs.items() if not aside} | self._joined:
+                await asyncio.wait(waited)
+            if self._runs:  # of copies, which were cancelled: all but those in threads end at once
+                await asyncio.wait(self._runs, timeout=_ASIDE_S)
         except asyncio.CancelledError:
             self._abandoned = True
             for run in self._runs:
@@ -315,7 +315,7 @@ class Batcher:
         for waiter in batch:
             waiter.context.begin_work()
         # Owned so that `close` waits for it; done callbacks run also when it is cancelled.
-        self._runs.add(running)
+        self._runs[running] = all(waiter.context.shadow for waiter in batch)
         running.add_done_callback(partial(self._done, batch, rows, context, stamps, left))
 
     def _done(
@@ -327,7 +327,7 @@ class Batcher:
         left: Callable[[asyncio.Future[Any]], None] | None,
         done: asyncio.Future[Any],
     ) -> None:
-        self._runs.discard(done)
+        del self._runs[done]
         self._running -= 1
         if left is not None:
             for waiter in batch:

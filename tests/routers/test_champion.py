@@ -306,11 +306,14 @@ def test_a_challenger_that_holds_the_event_loop_gets_next_to_none_of_it(run, man
     run(check())
 
 
-def test_a_challenger_with_a_full_queue_drops(run, manual_clock):
+@pytest.mark.parametrize(
+    "queue", [{"max_concurrency": {"limit": 1, "max_queue": 1}}, {"batch": {"max_rows": 2, "max_queue": 1}}]
+)
+def test_a_challenger_with_a_full_queue_drops(run, manual_clock, queue):
     async def check():
         challenger = FakeModel({"y": X}, delay_s=1)
         graph = Graph("g", {"x": ("FP32", [-1])})
-        branches = {"old": same, "new": routers.Chain({"model": challenger}, max_concurrency={"limit": 1, "max_queue": 1})}
+        branches = {"old": same, "new": routers.Chain({"model": challenger}, **queue)}
         async with graph.to(routers.Champion(branches, "old"), "test").respond().mock() as server:
             for _ in range(4):
                 await server.infer(x=X)
@@ -417,6 +420,34 @@ def test_copies_end_with_the_server_and_do_not_hold_it_up(run, manual_clock):
             found = router.report()["challengers"]["new"]
             assert {"stopped": 5} == found["dropped"]
             assert {"running": 0, "waiting": 0, "bytes": 0} == found["now"]
+
+    run(check())
+
+
+def test_a_batch_of_copies_that_hangs_in_a_thread_does_not_hold_up_the_end(run, manual_clock):
+    go_on, begun = threading.Event(), threading.Event()
+
+    def hangs(value):
+        begun.set()
+        go_on.wait()
+        return {"y": value["x"]}
+
+    async def check():
+        server = a_graph(steps.Python(hangs, run="thread", batch=True), shadow={"timeout_ms": 1e9}).mock()
+        mock = await server.__aenter__()
+        await mock.infer(x=X)
+        await manual_clock.settle()
+        await asyncio.to_thread(begun.wait)
+        stopping = asyncio.ensure_future(server.__aexit__(None, None, None))
+        try:
+            await manual_clock.advance(1.1)
+            while not stopping.done():  # its threads are told to end in a thread
+                await asyncio.to_thread(lambda: None)
+            await stopping
+        finally:
+            go_on.set()
+        while mock.router("test").report()["challengers"]["new"]["now"]["running"]:
+            await asyncio.to_thread(lambda: None)
 
     run(check())
 
