@@ -198,6 +198,8 @@ KINDS: dict[str, tuple[int, int]] = {
     "filter": (1, 1),
     "map": (1, 1),
     "cycle": (1, 1),
+    "canary": (2, 2),
+    "champion": (2, 3),
 }
 """Kind to the fewest and most branches."""
 
@@ -234,6 +236,23 @@ def _options(draw: st.DrawFn, flow: Flow) -> dict[str, Any]:
         if draw(st.booleans()):
             return {"when": when, "default": names[-1]}
         return {"when": when | {names[-1]: draw(st.sampled_from(list(CONDITIONS)))}, "otherwise": _refusal(draw)}
+    if flow.kind == "canary":
+        rails = {
+            "failures": {"watch": "error_rate", "margin": "1%"},
+            "slow": {"watch": "latency", "quantile": "p50", "ratio": 1.5},
+        }
+        return {
+            "baseline": names[0],
+            "challenger": names[1],
+            "steps": draw(st.sampled_from([["50%", "100%"], ["1%", "100%"], ["100%"]])),
+            "hold": "1ms",
+            "min_samples": 1,
+            "guardrails": {name: rails[name] for name in draw(st.sets(st.sampled_from(list(rails)), min_size=1))},
+            "key": draw(st.sampled_from([None, "id"])),
+        }
+    if flow.kind == "champion":
+        shadow = {"timeout_ms": 5, "concurrency": draw(st.integers(1, 2)), "max_pending": draw(st.sampled_from([1, 64]))}
+        return {"champion": draw(st.sampled_from(names)), "shadow": shadow}
     if flow.kind == "filter":
         return {"when": draw(st.sampled_from(list(CONDITIONS))), "otherwise": _refusal(draw)}
     if flow.kind == "map":
@@ -525,6 +544,16 @@ def _of_ensemble(flow: Flow, who: int, rows: Rows) -> Outcomes:
     return _answers(combined) | _error(*errors)
 
 
+def _of_canary(flow: Flow, who: int, rows: Rows) -> Outcomes:
+    """Either branch may answer, however the trial stands."""
+    return outcomes(flow.branches[0], who, rows) | outcomes(flow.branches[1], who, rows)
+
+
+def _of_champion(flow: Flow, who: int, rows: Rows) -> Outcomes:
+    """Whatever becomes of the challengers, the caller gets what the champion gives."""
+    return outcomes(flow.branches[flow.names.index(flow.options["champion"])], who, rows)
+
+
 _outcomes_of: dict[str, Callable[[Flow, int, Rows], Outcomes]] = {
     "step": _of_step,
     "chain": _of_chain,
@@ -538,4 +567,6 @@ _outcomes_of: dict[str, Callable[[Flow, int, Rows], Outcomes]] = {
     "ensemble": _of_ensemble,
     "stacking": _of_stacking,
     "model": _of_model,
+    "canary": _of_canary,
+    "champion": _of_champion,
 }
