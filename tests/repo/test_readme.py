@@ -64,6 +64,15 @@ def test_links_lead_somewhere():
             assert (ROOT / target).exists(), target
 
 
+def test_anchors_are_headings():
+    headings = {
+        re.sub(r"[^a-z0-9 -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+        for line in README.splitlines()
+        if line[:1] == "#"
+    }
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= headings
+
+
 def test_the_picture_is_what_plot_draws(tmp_path):
     drawn = tmp_path / "digits.svg"
     assert 0 == CliRunner().invoke(main, ["plot", str(DIGITS / "graph.yaml"), "-o", str(drawn)]).exit_code
