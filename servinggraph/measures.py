@@ -7,7 +7,7 @@ when a graph is made. Nothing here knows how they are shown; `lifecycle.metrics`
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import perf_counter_ns
 from typing import Final
 
@@ -21,6 +21,9 @@ BOUNDS_NS: Final = (
     1_000_000_000, 2_500_000_000, 5_000_000_000, 10_000_000_000, 30_000_000_000, 60_000_000_000,
 )  # fmt: skip
 """Upper bounds of the sizes by which durations are counted: 50 us to a minute."""
+
+
+_FIRST: Final = BOUNDS_NS[0]
 
 
 class Durations:
@@ -39,7 +42,7 @@ class Durations:
 
     def add(self, ns: int, times: int = 1) -> None:
         """Count a duration, or several equal ones."""
-        self.counts[bisect_left(BOUNDS_NS, ns)] += times
+        self.counts[0 if ns <= _FIRST else bisect_left(BOUNDS_NS, ns)] += times
         self.ns += ns * times
 
 
@@ -59,12 +62,25 @@ class NodeDurations:
         self.batch_wait = Durations()
         self.compute = Durations()
 
-    def waited(self, arrived: int, free: int, began: int) -> None:
-        """Count the wait for a batch, by moments: a request's arrival, when the node had room again, the batch's begin."""
-        queued = free - arrived
-        queued = max(0, queued)
-        self.queue.add(queued)
-        self.batch_wait.add(began - arrived - queued)
+    def waited(self, arrivals: Iterable[int], free: int, began: int) -> None:
+        """Count the waits for a batch, by moments: requests' arrivals, when the node had room again, the batch's begin."""
+        # Who came before there was room waited in the queue until then, and from then on as long as all others of that kind;
+        # who came later did not queue. So each costs one look for its size.
+        counts, early, ns, late = self.queue.counts, 0, 0, 0
+        for arrived in arrivals:
+            if arrived < free:
+                early += 1
+                queued = free - arrived
+                ns += queued
+                counts[bisect_left(BOUNDS_NS, queued)] += 1
+            else:
+                late += 1
+                self.batch_wait.add(began - arrived)
+        self.queue.ns += ns
+        if late:
+            counts[0] += late
+        if early:
+            self.batch_wait.add(began - free, early)
 
 
 Told = Callable[[int, str, int, str], None]
@@ -92,13 +108,21 @@ class Traffic:
 
     def succeeded(self, context: Context) -> None:
         """Count a request whose answer can be sent now."""
+        # `Durations.add` three times, without the calls: every request pays for this.
         now = perf_counter_ns()
+        arrived = context.arrived
         self.answered += 1
-        self.whole.add(now - context.arrived)
-        self.decode.add(context.run_began - context.arrived)
-        self.encode.add(now - context.run_ended)
+        part, ns = self.whole, now - arrived
+        part.counts[bisect_left(BOUNDS_NS, ns)] += 1
+        part.ns += ns
+        part, ns = self.decode, context.run_began - arrived
+        part.counts[0 if ns <= _FIRST else bisect_left(BOUNDS_NS, ns)] += 1
+        part.ns += ns
+        part, ns = self.encode, now - context.run_ended
+        part.counts[0 if ns <= _FIRST else bisect_left(BOUNDS_NS, ns)] += 1
+        part.ns += ns
         if self.told is not None:
-            self.told(now, "ok", now - context.arrived, context.id)
+            self.told(now, "ok", now - arrived, context.id)
 
     def failed(self, code: str, context: Context | None = None) -> None:
         """Count a request that is not answered."""

@@ -115,13 +115,12 @@ def count_answers(
     durations = statistics.durations
     if durations is not None:
         durations.compute.add(busy, len(answered))
+        durations.waited([waiter.arrived for waiter in answered], free, began)
     traced: Batch | None = None
     for waiter in answered:
         queued = began - waiter.arrived
         statistics.queue_ns += queued
         statistics.rows += waiter.rows
-        if durations is not None:
-            durations.waited(waiter.arrived, free, began)
         if waiter.whole:
             statistics.success += 1
         else:
