@@ -353,6 +353,7 @@ class Kafka:
 
     needs_kafka = True
     callers_leave = False
+    way_s = 1.0  # how long a record may take to where it runs
 
     def __init__(self, *, binary: bool = False, protobuf: bool = False) -> None:
         self._binary = binary

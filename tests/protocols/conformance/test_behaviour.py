@@ -407,7 +407,8 @@ async def test_a_deadline_ends_the_run_and_frees_the_slot(front_end):
         finally:
             ended.append(True)
 
-    for options, limits in (({"timeout_s": 0.02}, {}), ({"parameters": {"timeout": 20_000}}, {}), ({}, {"timeout_ms": 20})):
+    soon_s = 0.02 + getattr(front_end, "way_s", 0)
+    for options, limits in (({"timeout_s": soon_s}, {}), ({"parameters": {"timeout": 20_000}}, {}), ({}, {"timeout_ms": 20})):
         async with front_end.open(a_graph(wait, **limits)) as client:
             # A gRPC client has the deadline, too, and does not wait for the server to say so.
             with pytest.raises(DeadlineExceeded, match=r"Request timeout expired|^Deadline Exceeded$"):
