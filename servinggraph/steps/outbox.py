@@ -41,8 +41,13 @@ class Outbox(Generic[T]):
         self._told = -_SAY_S
         self._worker: asyncio.Task[None] | None = None
 
-    def put(self, item: T, context: Context) -> None:
-        """Have an item delivered; one too many is dropped."""
+    def put(self, make: Callable[[], T], context: Context) -> None:
+        """Have an item delivered; one too many, or one that cannot be made, is dropped."""
+        try:
+            item = make()
+        except ServingGraphError as error:
+            self._drop(context, error.message)
+            return
         if self._open >= self._most:
             self._drop(context, f"{self._most} wait already (limit 'max_waiting')")
             return

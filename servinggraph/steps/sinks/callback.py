@@ -123,9 +123,9 @@ class Callback(Step[CallbackOptions]):
         self._client = client = HttpClient(options.connections, options.connect_timeout_ms / 1e3, _ANSWER_BYTES, self._ca)
 
         async def tell(value: Any, context: Context) -> Any:
-            call = self._call(value, context)
-            if call is not None:
-                await self._deliver(client, call)
+            url = self._url(context)
+            if url is not None:
+                await self._deliver(client, self._call(url, value, context))
             return value
 
         if options.on_failure == "fail":
@@ -137,17 +137,14 @@ class Callback(Step[CallbackOptions]):
         self._outbox = outbox = Outbox(self.name, begin, options.max_waiting)
 
         def note(value: Any, context: Context) -> Any:
-            call = self._call(value, context)
-            if call is not None:
-                outbox.put(call, context)
+            url = self._url(context)
+            if url is not None:
+                outbox.put(lambda: self._call(url, value, context), context)
             return value
 
         return Operation(note, suspends=False)
 
-    def _call(self, value: Any, context: Context) -> _Call | None:
-        url = self._url(context)
-        if url is None:
-            return None
+    def _call(self, url: str, value: Any, context: Context) -> _Call:
         document = {"id": context.id, "graph": context.graph, "value": value.value if isinstance(value, Body) else value}
         headers = {**forwarded(context.headers, ()), "Content-Type": "application/json", **self._headers}
         return _Call(url, encode_json(document), headers)

@@ -90,7 +90,7 @@ class Jsonl(Step[JsonlOptions]):
         self._outbox = outbox = Outbox(self.name, begin, self.options.max_waiting)
 
         def note(value: Any, context: Context) -> Any:
-            outbox.put(_line(value, context), context)
+            outbox.put(lambda: _line(value, context), context)
             return value
 
         return Operation(note, suspends=False)

@@ -71,7 +71,7 @@ class Publish(TopicStep[PublishOptions]):
         self._outbox = outbox = Outbox(self.name, begin, options.max_waiting)
 
         def note(value: Any, context: Context) -> Any:
-            outbox.put(record(value, context), context)
+            outbox.put(lambda: record(value, context), context)
             return value
 
         return Operation(note, suspends=False)

@@ -76,6 +76,24 @@ async def test_a_full_disk_fails_the_request_or_drops_the_line(caplog):
     ]
 
 
+async def test_a_value_that_json_cannot_carry_fails_the_request_or_drops_the_line(tmp_path, caplog):
+    def odd(value):
+        return {"x": {1, 2}}
+
+    for on_failure in ("fail", "drop"):
+        graph = Graph("g", inputs="body")
+        graph.to(odd).to(Jsonl(tmp_path / "a", on_failure=on_failure)).to(lambda value: len(value["x"]), "last").respond()
+        async with graph.mock() as server:
+            if on_failure == "fail":
+                with pytest.raises(StepFailed, match="holds a builtins.set"):
+                    await server.invoke(1)
+            else:
+                assert 2 == await server.invoke(1)
+
+    assert "node 'a': 1 dropped" in caplog.records[-1].getMessage()
+    assert b"" == (tmp_path / "a").read_bytes()
+
+
 async def test_joined_requests_would_be_one_line(tmp_path):
     with pytest.raises(GraphInvalid, match="step 'a' writes each request by itself"):
         graph_of(Jsonl(tmp_path / "a", batch=True)).compile()
