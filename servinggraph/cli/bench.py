@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Self
 import click
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from servinggraph.cli.asking.load import Outcome
+    from servinggraph.tensors import Array
 
 __all__ = ["bench"]
 
@@ -22,6 +25,8 @@ _PERCENTILES = (50, 90, 95, 99, 99.9)
 @click.option(
     "-i", "--input", "inputs", multiple=True, metavar="NAME=VALUE", help="A tensor, as for `infer`; those not given are random."
 )
+@click.option("--body", metavar="VALUE", help="For a graph that takes bodies: JSON, or @FILE; over HTTP.")
+@click.option("--content-type", help="With --body, its content type; by default JSON, or what the file's name says.")
 @click.option("--rows", type=click.IntRange(1), default=1, show_default=True, help="Rows of random tensors.")
 @click.option("--model-version", default="", help="By default the server's choice.")
 @click.option(
@@ -43,6 +48,8 @@ def bench(
     url: str,
     model: str,
     inputs: tuple[str, ...],
+    body: str | None,
+    content_type: str | None,
     rows: int,
     model_version: str,
     connections: int,
@@ -63,25 +70,34 @@ def bench(
 
     import orjson
 
-    from servinggraph.cli.asking.load import run_load
+    from servinggraph.cli.asking.body import ask_with_body, read_body
+    from servinggraph.cli.asking.load import Body, run_load
     from servinggraph.cli.asking.target import Target, failure
     from servinggraph.cli.asking.values import random_tensors, tensors_from
 
     target = Target(url, timeout_s)
     with closing(target):
         try:
-            takes, _ = target.metadata(model, model_version)
-            if not takes:
-                raise click.UsageError(f"model '{model}' takes no tensors: nothing to send")
-            tensors = random_tensors(takes, rows) | tensors_from(inputs, takes)
-            target.infer(model, model_version, tensors)  # what fails for one fails for all
+            if body is not None:
+                if inputs or target.is_grpc:
+                    raise click.UsageError("--body goes over HTTP and without --input")
+                what: Mapping[str, Array] | Body = Body(*read_body(body, content_type))
+                status, text = ask_with_body(target.url, model, model_version, body, content_type, {}, timeout_s)
+                if status >= 400:
+                    raise OSError(f"[{status}] {text}")
+            else:
+                takes, _ = target.metadata(model, model_version)
+                if not takes:
+                    raise click.UsageError(f"model '{model}' takes no tensors: give it a --body")
+                what = random_tensors(takes, rows) | tensors_from(inputs, takes)
+                target.infer(model, model_version, what)  # what fails for one fails for all
         except click.UsageError:
             raise
         except Exception as error:
             click.echo(f"{url} {model}: {failure(error)}", err=True)
             sys.exit(1)
     with Progress(warmup + seconds, hidden=as_json or not sys.stderr.isatty()) as tick:
-        outcome = asyncio.run(run_load(target, model, model_version, tensors, connections, warmup, seconds, rate, tick))
+        outcome = asyncio.run(run_load(target, model, model_version, what, connections, warmup, seconds, rate, tick))
     if plot is not None:
         _draw(outcome, plot, f"{model}, {connections} connections" + (f", {rate:g}/s asked" if rate else ""))
     if as_json:

@@ -172,6 +172,14 @@ def test_a_load_is_counted_and_drawn(urls: dict[str, str], scheme: str, more: li
     assert drawn.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_load_of_bodies(urls: dict[str, str]) -> None:
+    done = run("bench", urls["http"], "body", "--body", "[1, 2]", "-c", 2, "-d", 0.2, "--warmup", 0, "--json")
+    assert (0, {}) == (done.exit_code, json.loads(done.output)["errors"])
+    done = run("bench", urls["http"], "nobody", "--body", "[1, 2]", "-d", 0.2)
+    assert (1, True) == (done.exit_code, "[404]" in done.output)
+    assert 2 == run("bench", urls["grpc"], "body", "--body", "[1, 2]").exit_code
+
+
 def test_a_load_that_fails_says_with_what(urls: dict[str, str]) -> None:
     done = run("bench", urls["http"], "double", "-i", "x=[[-1, 1]]", "-d", 0.2)
     assert (1, True) == (done.exit_code, "negative" in done.output)

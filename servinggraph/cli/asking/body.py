@@ -11,7 +11,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 import click
 
-__all__ = ["ask_with_body"]
+__all__ = ["ask_with_body", "model_url", "read_body"]
 
 
 def ask_with_body(
@@ -28,22 +28,32 @@ def ask_with_body(
         headers: further headers.
         timeout_s: seconds to wait.
     """
-    data, kind = body.encode(), "application/json"
-    if body.startswith("@"):
-        try:
-            data = Path(body[1:]).read_bytes()
-        except OSError as error:
-            raise click.UsageError(f"cannot read {body[1:]}: {error.strerror}") from error
-        kind = mimetypes.guess_type(body[1:])[0] or "application/octet-stream"
-    place = (
-        f"{url}/v2/models/{quote(model, safe='')}"
-        + (f"/versions/{quote(version, safe='')}" if version else "")
-        + "/invocations"
-    )
-    request = Request(place, data, {"Content-Type": content_type or kind, **headers})  # noqa: S310  (http or https: Target has looked)
+    data, kind = read_body(body, content_type)
+    place = f"{model_url(url, model, version)}/invocations"
+    request = Request(place, data, {"Content-Type": kind, **headers})  # noqa: S310  (http or https: Target has looked)
     try:
         with build_opener(ProxyHandler({})).open(request, timeout=timeout_s) as answer:
             return answer.status, answer.read().decode("utf-8", "replace")
     except HTTPError as error:
         with error:
             return error.code, error.read().decode("utf-8", "replace")
+
+
+def read_body(body: str, content_type: str | None) -> tuple[bytes, str]:
+    """Return the bytes of a body, JSON or @FILE, and its content type.
+
+    Raises:
+        click.UsageError: the file cannot be read.
+    """
+    if not body.startswith("@"):
+        return body.encode(), content_type or "application/json"
+    try:
+        data = Path(body[1:]).read_bytes()
+    except OSError as error:
+        raise click.UsageError(f"cannot read {body[1:]}: {error.strerror}") from error
+    return data, content_type or mimetypes.guess_type(body[1:])[0] or "application/octet-stream"
+
+
+def model_url(url: str, model: str, version: str) -> str:
+    """Return the address of a model on a server."""
+    return f"{url}/v2/models/{quote(model, safe='')}" + (f"/versions/{quote(version, safe='')}" if version else "")

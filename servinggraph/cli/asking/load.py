@@ -8,17 +8,25 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from urllib.parse import quote
 
 import click
 
+from servinggraph.cli.asking.body import model_url
 from servinggraph.cli.asking.target import Target, failure
 from servinggraph.tensors import Array
 
-__all__ = ["Outcome", "run_load"]
+__all__ = ["Body", "Outcome", "run_load"]
 
 Ask = Callable[[], Awaitable[str | None]]
 """Sends one request; returns what was wrong with the answer, None for nothing."""
+
+
+@dataclass(frozen=True)
+class Body:
+    """A request that is no tensors: bytes and their content type."""
+
+    data: bytes
+    kind: str
 
 
 @dataclass
@@ -44,7 +52,7 @@ async def run_load(
     target: Target,
     model: str,
     version: str,
-    tensors: Mapping[str, Array],
+    what: Mapping[str, Array] | Body,
     connections: int,
     warmup_s: float,
     seconds: float,
@@ -57,7 +65,7 @@ async def run_load(
         target: the server.
         model: what is asked.
         version: its version; empty for the server's choice.
-        tensors: what each request holds.
+        what: what each request holds, tensors or a body (over HTTP only).
         connections: requests at the same time.
         warmup_s: seconds before the measurement.
         seconds: seconds of the measurement.
@@ -67,7 +75,7 @@ async def run_load(
     outcome = Outcome()
     async with AsyncExitStack() as stack:
         make = _over_grpc if target.is_grpc else _over_http
-        ask = await make(stack, target, model, version, tensors, connections)
+        ask = await make(stack, target, model, version, what, connections)
         clock = time.perf_counter
         begin = clock() + warmup_s
         end = begin + seconds
@@ -119,18 +127,20 @@ class _due:  # noqa: N801  (an iterator that reads as a call)
 
 
 async def _over_http(
-    stack: AsyncExitStack, target: Target, model: str, version: str, tensors: Mapping[str, Array], connections: int
+    stack: AsyncExitStack, target: Target, model: str, version: str, what: Mapping[str, Array] | Body, connections: int
 ) -> Ask:
     """Return what sends one request over HTTP: the same bytes each time, made once."""
     try:
         import aiohttp
     except ImportError as error:
         raise click.UsageError(f"{error}: bench needs pip install 'servinggraph[tools]'") from error
-    body, length = target.library.InferenceServerClient.generate_request_body(target.tensors(tensors))
-    path = f"{target.url}/v2/models/{quote(model, safe='')}" + (f"/versions/{quote(version, safe='')}" if version else "")
-    headers = {"Content-Type": "application/octet-stream"}
-    if length is not None:
-        headers["Inference-Header-Content-Length"] = str(length)
+    if isinstance(what, Body):
+        place, body, headers = f"{model_url(target.url, model, version)}/invocations", what.data, {"Content-Type": what.kind}
+    else:
+        place, headers = f"{model_url(target.url, model, version)}/infer", {"Content-Type": "application/octet-stream"}
+        body, length = target.library.InferenceServerClient.generate_request_body(target.tensors(what))
+        if length is not None:
+            headers["Inference-Header-Content-Length"] = str(length)
     session = await stack.enter_async_context(
         aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=connections),
@@ -141,7 +151,7 @@ async def _over_http(
 
     async def ask() -> str | None:
         try:
-            async with session.post(f"{path}/infer", data=body) as answer:
+            async with session.post(place, data=body) as answer:
                 content = await answer.read()
         except (OSError, aiohttp.ClientError, TimeoutError) as error:
             return failure(error)
@@ -151,14 +161,15 @@ async def _over_http(
 
 
 async def _over_grpc(
-    stack: AsyncExitStack, target: Target, model: str, version: str, tensors: Mapping[str, Array], connections: int
+    stack: AsyncExitStack, target: Target, model: str, version: str, what: Mapping[str, Array] | Body, connections: int
 ) -> Ask:
     """Return what sends one request over gRPC."""
     import tritonclient.grpc.aio as library
 
     client = library.InferenceServerClient(target.address, ssl=target.is_secure)
     stack.push_async_callback(client.close)
-    inputs = target.tensors(tensors, library)
+    assert not isinstance(what, Body)  # as the command has looked
+    inputs = target.tensors(what, library)
 
     async def ask() -> str | None:
         try:

@@ -40,7 +40,7 @@ def _graph(before: Look, now: Look, seconds: float, graph: str, version: str) ->
     labels = {"graph": graph, "version": version}
     found = Table(title=f"{graph} version {version}", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
     for column in _COLUMNS:
-        found.add_column(column, justify="left" if column == "node" else "right", no_wrap=True)
+        found.add_column(column, justify="left" if column == "node" else "right", no_wrap=column != "node")
     flying = now.total("servinggraph_graph_in_flight_requests", **labels)
     found.add_row(
         f"requests, {flying:.0f} now",
