@@ -43,6 +43,8 @@ logger = logging.getLogger("servinggraph.clients.kafka")
 
 _BINARY: Final = b"application/octet-stream"
 _START_S: Final = 30.0
+_WRITE_MS: Final = 3_600_000
+"""No limit of its own for writing: each call has one."""
 
 
 class _Reply(NamedTuple):
@@ -91,9 +93,9 @@ class Client:
             topic=topic,
             linger_ms=linger_ms,
             max_message_bytes=max_message_bytes,
+            write_timeout_ms=_WRITE_MS,
         )
         self._max_in_flight = max_in_flight
-        self._max_message_bytes = max_message_bytes
         self._partition = reply_partition
         self._waiting: dict[bytes, _Call] = {}
         self._own = os.urandom(9).hex()
