@@ -130,13 +130,17 @@ class Ledger:
     def report(self, router: str, read: Any) -> dict[str, Any]:
         """Return a router's settings or report; nothing, and a line in the log, where that fails."""
         try:
-            found: dict[str, Any] = read()
-        except Exception:
-            if router not in self._complained:
-                self._complained.add(router)
-                logger.exception("router '%s' cannot be read for metrics (told once)", router)
+            found: dict[str, Any] = dict(read())
+        except Exception as error:
+            self.complain(router, error)
             return {}
         return found
+
+    def complain(self, router: str, error: Exception) -> None:
+        """Say once that a router's report cannot be read, and why."""
+        if router not in self._complained:
+            self._complained.add(router)
+            logger.error("router '%s' cannot be read for metrics (told once)", router, exc_info=error)
 
     def _decisions(self, graph: ServedGraph) -> dict[tuple[str, str], float]:
         return {
@@ -180,8 +184,11 @@ def read_metrics(serving: Serving, ledger: Ledger) -> Readings:
             stage = report.get("stage", settings.get("stage"))
             if stage is not None:
                 readings.set(of.ROUTER_STAGE, (*labels, str(stage)), 1)
-            for challenger, seen in report.get("challengers", {}).items():
-                _read_shadow(readings, (*labels, challenger), seen)
+            for challenger, seen in _entries(report.get("challengers")).items():
+                try:
+                    _read_shadow(readings, (*labels, challenger), seen)
+                except (AttributeError, KeyError, TypeError) as error:  # another's router may mean something else by that
+                    ledger.complain(name, error)
     for topics in serving.kafka() if serving.kafka is not None else ():
         _read_kafka(readings, topics)
     return readings
@@ -299,6 +306,10 @@ def _read_cache(readings: Readings, labels: tuple[str, str, str], node: NodeStat
 def _powers(most: int) -> list[int]:
     """Return the powers of two below a number, and the number."""
     return [*(1 << exponent for exponent in range((most - 1).bit_length())), most]
+
+
+def _entries(values: Any) -> Mapping[str, Any]:
+    return {str(name): value for name, value in values.items()} if isinstance(values, Mapping) else {}
 
 
 def _numbers(values: Any) -> Mapping[str, float]:

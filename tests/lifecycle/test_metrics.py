@@ -141,6 +141,9 @@ def test_a_router_that_cannot_be_read_spoils_nothing_but_its_own_metrics(caplog)
     async def check():
         async with graph.mock() as server:
             await server.infer(X)
+            for report in ({"challengers": {"x": 1}, "decisions": "none"}, {"challengers": [1]}, None):
+                server.router("r").report = lambda: report  # noqa: B023
+                readings = server.serving.metrics()
             server.router("r").report = lambda: 1 / 0
             for _ in range(3):
                 readings = server.serving.metrics()
