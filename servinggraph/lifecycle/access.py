@@ -5,23 +5,21 @@ A request pays for a tuple and a list's append; times and lines are made half a 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sys
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from time import perf_counter_ns, time_ns
 from typing import Final, NamedTuple
 
 import orjson
 
+from servinggraph.lifecycle.writing import LaterWriter
+
 __all__ = ["AccessLog", "Entry"]
 
 logger = logging.getLogger("servinggraph.access")
 
-FLUSH_S: Final = 0.5
-"""Longest time that a line waits to be written."""
 MOST_WAITING: Final = 200_000
 """Lines that wait to be written; more are dropped, and counted in the log."""
 
@@ -48,6 +46,9 @@ class Entry(NamedTuple):
 class AccessLog:
     """Writes a line for each request.
 
+    Attributes:
+        add: takes a request.
+
     Args:
         place: a file, to which lines are appended; `-` for standard output.
         form: "text" or "json".
@@ -56,49 +57,16 @@ class AccessLog:
     def __init__(self, place: str, form: str) -> None:
         self._place = place
         self._line = _as_json if form == "json" else _as_text
-        self._loop = asyncio.get_running_loop()
-        self._waiting: list[Entry] = []
-        self._dropped = 0
-        self._timer: asyncio.TimerHandle | None = None
-        self._writing: asyncio.Future[None] | None = None
+        self._later = LaterWriter(self._write, MOST_WAITING, "the access log")
+        self.add = self._later.add
         if place != "-":
             Path(place).open("ab").close()  # found out at the start, not with the first request
 
-    def add(self, entry: Entry) -> None:
-        """Take a request."""
-        if len(self._waiting) >= MOST_WAITING:
-            self._dropped += 1
-            return
-        self._waiting.append(entry)
-        if self._timer is None and self._writing is None:
-            self._timer = self._loop.call_later(FLUSH_S, self._write)
-
     async def close(self) -> None:
         """Write what waits."""
-        while self._waiting or self._writing is not None:
-            if self._writing is None:
-                self._write()
-            if self._writing is not None:
-                await asyncio.wait([self._writing])
+        await self._later.flush()
 
-    def _write(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        waiting, self._waiting = self._waiting, []
-        dropped, self._dropped = self._dropped, 0
-        if waiting:
-            self._writing = self._loop.run_in_executor(None, partial(self._write_all, waiting, dropped))
-            self._writing.add_done_callback(self._written)
-
-    def _written(self, writing: asyncio.Future[None]) -> None:
-        self._writing = None
-        if not writing.cancelled() and (error := writing.exception()) is not None:
-            logger.error("the access log could not be written: %s", error)
-        if self._waiting and self._timer is None:
-            self._timer = self._loop.call_later(FLUSH_S, self._write)
-
-    def _write_all(self, entries: list[Entry], dropped: int) -> None:
+    def _write(self, entries: list[Entry], dropped: int) -> None:
         if dropped:
             logger.warning("%d lines of the access log were dropped: they come faster than they can be written", dropped)
         since_1970 = time_ns() - perf_counter_ns()

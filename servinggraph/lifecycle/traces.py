@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from pathlib import Path
 from typing import Any, Final
 
 import orjson
 
+from servinggraph.lifecycle.writing import LaterWriter
+
 __all__ = ["TraceSink"]
 
 logger = logging.getLogger("servinggraph.trace")
-
-FLUSH_S: Final = 0.5
-"""Longest time that a finished trace waits to be written."""
 
 MOST_WAITING: Final = 4096
 """Finished traces that wait to be written; more are dropped, and counted in the log."""
@@ -34,31 +32,19 @@ class TraceSink:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._loop = asyncio.get_running_loop()
-        self._waiting: list[tuple[Path | None, Entries]] = []
-        self._dropped = 0
-        self._timer: asyncio.Handle | None = None
-        self._writing: asyncio.Future[None] | None = None
+        self._later: LaterWriter[tuple[Path | None, Entries]] = LaterWriter(self._write_all, MOST_WAITING, "traces")
         self._begun: set[Path] = set()
         self._index = 0
         self._in_file = 0
 
     def add(self, entries: Entries, frequency: int) -> None:
         """Take a finished trace; `frequency` is how many go into one file, 0 for all."""
-        if len(self._waiting) >= MOST_WAITING:
-            self._dropped += 1
-            return
-        self._waiting.append((self._file(frequency), entries))
-        if self._timer is None and self._writing is None:
-            self._timer = self._loop.call_later(FLUSH_S, self._write)
+        # One that is dropped takes no place in a file.
+        self._later.add((None if self._later.full else self._file(frequency), entries))
 
     async def flush(self) -> None:
         """Return once all that was added is written."""
-        while self._waiting or self._writing is not None:
-            if self._writing is None:
-                self._write()
-            if self._writing is not None:
-                await asyncio.wait([self._writing])
+        await self._later.flush()
 
     def _file(self, frequency: int) -> Path | None:
         if not self.path or not frequency:
@@ -67,23 +53,6 @@ class TraceSink:
             self._index, self._in_file = self._index + 1, 0
         self._in_file += 1
         return Path(f"{self.path}.{self._index}")
-
-    def _write(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        waiting, self._waiting = self._waiting, []
-        dropped, self._dropped = self._dropped, 0
-        if waiting:
-            self._writing = self._loop.run_in_executor(None, self._write_all, waiting, dropped)
-            self._writing.add_done_callback(self._written)
-
-    def _written(self, writing: asyncio.Future[None]) -> None:
-        self._writing = None
-        if not writing.cancelled() and (error := writing.exception()) is not None:
-            logger.error("traces could not be written: %s", error)
-        if self._waiting and self._timer is None:
-            self._timer = self._loop.call_later(FLUSH_S, self._write)
 
     def _write_all(self, waiting: list[tuple[Path | None, Entries]], dropped: int) -> None:
         if dropped:
