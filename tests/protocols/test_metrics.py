@@ -245,6 +245,22 @@ def test_of_streams_over_grpc_each_request_counts(grpc_server):
     assert {"ok": 2, "internal": 1, "not_found": 1} == summed(samples, "servinggraph_requests_total", "code", protocol="grpc")
 
 
+def test_feedback_over_grpc_is_no_request(grpc_server):
+    server = grpc_server(graph())
+
+    async def check():
+        async with grpc.aio.insecure_channel(server.url) as channel:
+            load = GrpcLoad(channel)
+            message = triton.ModelInferRequest(model_name="load")
+            message.parameters["feedback_id"].string_param = "nobody"
+            with pytest.raises(grpc.aio.AioRpcError):
+                await load.call(message)
+
+    asyncio.run(check())
+    samples = scrape(write(server.serving.metrics(), "")[0].decode())
+    assert {} == summed(samples, "servinggraph_requests_total", "code", protocol="grpc")
+
+
 def test_of_free_form_requests(http_server):
 
     body = Graph("body", "body")

@@ -50,6 +50,7 @@ class ModelInfer:
         try:
             message, raw = requests.split(data)
             if is_feedback(message):
+                context.arrived = 0  # it is no request to a graph, and counts as none
                 return answer_feedback(message, raw, requests.serving)
             found = requests.find(message)
             request = requests.decode(found, message, raw, call, context)

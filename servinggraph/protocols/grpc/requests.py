@@ -160,7 +160,8 @@ class Requests:
     def report(self, error: ServingGraphError, context: Context, found: Found | None) -> None:
         """Count a failure, and log those that are ours or the graph's; a caller's mistakes are told to the caller only."""
         if found is None:
-            self.serving.refused("grpc", error)
+            if context.arrived:
+                self.serving.refused("grpc", error)
         elif found[0].traffic is not None:
             found[0].traffic["grpc"].failed(error.code.value, context)
         if isinstance(error, StepFailed):

@@ -180,6 +180,7 @@ class _Stream:
         try:
             message, raw = self._requests.split(data)
             if is_feedback(message):
+                context.arrived = 0  # it is no request to a graph, and counts as none
                 told = answer_feedback(message, raw, self._requests.serving)
             else:
                 found = self._requests.find(message)
