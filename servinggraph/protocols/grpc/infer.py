@@ -77,7 +77,10 @@ class ModelInfer:
             if context.trace is not None:  # the bytes go out after this, where nothing can be seen
                 context.trace.finish(context.id, "GRPC_SEND_START")
         requests.report(failure, context, found)
-        return await abort(call, failure)
+        try:
+            return await abort(call, failure)
+        finally:
+            failure = None  # by its traceback it holds this frame, and with it all that the request had
 
     def cancel(self) -> None:
         """Cancel what is in flight; `Requests.closing` says why."""

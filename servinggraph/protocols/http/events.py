@@ -208,6 +208,8 @@ class EventExchange(Exchange[Any]):
             await events.end()
         except _Stalled:
             events.cut_off()
+        finally:
+            failure = None  # by its traceback it holds this frame, and with it all that the request had
 
 
 def _trace(graph: ServedGraph, context: Context, headers: dict[bytes, bytes]) -> None:

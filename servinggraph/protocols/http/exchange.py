@@ -166,21 +166,26 @@ class Exchange(ABC, Generic[AnswerT]):
             if self._departures.gone(task):
                 self.count_failure(graph, ErrorCode.CANCELLED, context)
                 return  # nobody is there to answer
-            failure = self.cancelled(task, error)
-            self.report(failure, graph, context)
-            status, response, content = error_response(failure)
+            status, response, content = self.failed(self.cancelled(task, error), graph, context)
         except Exception as error:
-            failure = as_failure(error)
-            self.report(failure, graph, context)
-            status, response, content = error_response(failure)
-            if failure.__class__ is RequestTooLarge:
-                response.append(_CLOSE)  # what is left of the body is not worth reading
+            # No name here for the failure: it would hold, by its traceback, this frame and with it all that the request had.
+            status, response, content = self.failed(as_failure(error), graph, context)
         finally:
             self.leave(task, context)
         reply = scope.get("extensions", _NO_EXTENSIONS).get(REPLY)
         # ASGI's way where the connection has to be closed: uvicorn reads that off the headers.
         if reply is None or response[-1] is _CLOSE or not reply(_head(status, response, len(content)), content):
             await send_whole(send, status, response, content)
+
+    def failed(
+        self, failure: ServingGraphError, graph: ServedGraph, context: Context
+    ) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+        """Report a failure, and return status, headers and body of the answer."""
+        self.report(failure, graph, context)
+        status, response, content = error_response(failure)
+        if failure.__class__ is RequestTooLarge:
+            response.append(_CLOSE)  # what is left of the body is not worth reading
+        return status, response, content
 
     def count_failure(self, graph: ServedGraph, code: ErrorCode, context: Context) -> None:
         """Count a request that gets no answer."""
