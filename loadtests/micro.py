@@ -22,7 +22,7 @@ from servers import ours, prepared, set_up
 
 from servinggraph import Context, Graph, routers
 from servinggraph.executor import Executor
-from servinggraph.interfaces import NodeSketch
+from servinggraph.interfaces import NodeSketch, Observer, Selector
 from servinggraph.lifecycle.control import Control
 from servinggraph.server import new_event_loop
 
@@ -119,9 +119,20 @@ def routed() -> Iterator[Figure]:
         yield Figure(f"{label}, over a bare step ({BEST})", (min(seconds) - base) / EVENTS * 1e6, "µs", ROUTERS[label][1])
 
 
+def decided() -> Iterator[Figure]:
+    """What deciding alone costs a request, without the branch: what a canary sees of the end of a request included."""
+    for label in ("ab of two by chance", "ab of two by key", "canary by chance", "canary by key"):
+        seconds = min(_decisions(ROUTERS[label][0]))
+        yield Figure(f"decision of {label} ({BEST})", seconds / EVENTS * 1e6, "µs", 2)
+
+
+RAILS = {"failures": {"watch": "error_rate", "margin": "1%"}, "slow": {"watch": "latency", "quantile": "p99", "ratio": 1.25}}
+TRIAL = {"baseline": "a", "challenger": "b", "steps": ["10%", "100%"], "guardrails": RAILS}
 ROUTERS: dict[str, tuple[NodeSketch, float | None]] = {
-    "ab of two by chance": (routers.Ab(PLAIN, {"a": 9, "b": 1}), 2),
-    "ab of two by key": (routers.Ab(PLAIN, {"a": 9, "b": 1}, key="parameter:user"), 2),
+    "ab of two by chance": (routers.Ab(PLAIN, {"a": 9, "b": 1}), None),
+    "ab of two by key": (routers.Ab(PLAIN, {"a": 9, "b": 1}, key="parameter:user"), None),
+    "canary by chance": (routers.Canary(PLAIN, **TRIAL), None),
+    "canary by key": (routers.Canary(PLAIN, **TRIAL, key="parameter:user"), None),
     "bandit of two, ucb1": (routers.Bandit(PLAIN, "ucb1"), None),
     "bandit of two, thompson": (routers.Bandit(PLAIN, "thompson"), None),
     "champion of two, nothing copied": (routers.Champion(PLAIN, "a", rate=0.0), None),
@@ -235,10 +246,40 @@ def _interleaved(graphs: dict[str, Graph]) -> dict[str, list[float]]:
         return runner.run(run())
 
 
+def _decisions(sketch: NodeSketch) -> list[float]:
+    """Return how many seconds each round of decisions took."""
+
+    async def run() -> list[float]:
+        graph = Graph("decided", TENSORS)
+        graph.to(sketch, "n").respond()
+        plan = graph.compile()
+        executor = Executor(plan, Control().seats_of(plan))
+        await executor.start()
+        router = plan.nodes[0].work
+        context = Context("1", parameters={"user": "ann"})
+        times = []
+        for _ in range(ROUNDS):
+            started = time.perf_counter()
+            if isinstance(router, Selector):
+                for _ in range(EVENTS):
+                    router.choose(ROWS, context)
+            else:
+                assert isinstance(router, Observer)
+                for _ in range(EVENTS):
+                    router.end(router.begin(ROWS, context)[2], None)
+            times.append(time.perf_counter() - started)
+        await executor.stop()
+        return times
+
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(run())
+
+
 FIGURES: dict[str, Callable[[], Iterator[Figure]]] = {
     "chain": chain,
     "fork": fork,
     "routers": routed,
+    "decisions": decided,
     "concurrent": concurrent,
     "imports": imports,
     "start": start,

@@ -522,6 +522,31 @@ def test_what_comes_late_from_a_trial_that_is_over_does_not_count(run):
     run(check())
 
 
+def test_a_challenger_that_one_caller_never_meets_is_not_rolled_back_for_it(run):
+    def slower(value):
+        return stable(value)
+
+    async def check():
+        rails = {
+            "failures": {"watch": "error_rate", "margin": "1%"},
+            "slow": {"watch": "latency", "quantile": "p90", "ratio": 1.5},
+        }
+        async with a_graph(slower, guardrails=rails, key="parameter:user").mock() as server:
+            seen = {}
+            for user in range(20):  # whom the key keeps with the baseline
+                await server.infer(x=X, parameters={"user": str(user)})
+                report = server.router("test").report()
+                seen[user] = report["decisions"]["stable"]
+            alone = next(user for user in range(1, 20) if seen[user] > seen[user - 1])
+            for _ in range(6_000):
+                await server.infer(x=X, parameters={"user": str(alone)})
+            report = server.router("test").report()
+            assert "10%" == report["stage"], report["history"]
+            assert report["decisions"]["stable"] >= 6_000
+
+    run(check())
+
+
 def test_what_comes_late_from_an_earlier_step_counts_by_the_share_it_was_decided_with(run):
     release = asyncio.Event()
 

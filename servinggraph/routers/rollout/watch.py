@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite, log
+from math import isfinite, isnan, log
 from typing import Any, Final
 
 import numpy as np
@@ -37,6 +37,10 @@ class Limits:
     alpha: float
     challenger: str
     baseline: str
+
+
+_FEWEST: Final = 5
+"""Samples of the challenger in the window without which it is not rolled back, however much speaks against it."""
 
 
 class Watch(ABC):
@@ -87,8 +91,15 @@ class Watch(ABC):
 
     @property
     def hurt(self) -> bool:
-        """True when there is evidence that the challenger is worse than it may be."""
-        return self.evidence.log_value >= -log(self._limits.alpha)
+        """True when there is evidence that the challenger is worse than it may be, and it is seen to be.
+
+        Evidence rests on chance. Where a sticky key has one caller make most of the requests, chance had one draw, and
+        the branch that got him has nearly all samples: then the other one must at least look worse by itself.
+        """
+        if self.evidence.log_value < -log(self._limits.alpha):
+            return False
+        # Where the window has nothing of the baseline to compare with, the evidence stands alone.
+        return self.samples[0] >= _FEWEST and (isnan(excess := self._excess()) or excess > 0)
 
     @property
     def samples(self) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import nan
+from math import isnan, nan
 from typing import Any, Final
 
 import numpy as np
@@ -103,7 +103,8 @@ class LatencyWatch(Watch):
         if self._lines is None:
             return nan, nan
         mine, other = self._lines
-        return share_above(window[CHALLENGER][1:], mine), share_above(window[BASELINE][1:], other)
+        # Without a line for the baseline (`limit_ms`) there is nothing to be above.
+        return share_above(window[CHALLENGER][1:], mine), nan if isnan(other) else share_above(window[BASELINE][1:], other)
 
     def _shown(self, window: Floats) -> tuple[float, float]:
         quantile = self._options.quantile
