@@ -30,7 +30,7 @@ class StateStore(ABC):
     """Keeps documents by key. Its methods block: call them in a thread.
 
     Attributes:
-        adds_up: True where what several workers have learned can be added up: it has `add`.
+        adds_up: True where what several workers have learned can be added up: it has `add` and `tell`, which others do not.
     """
 
     adds_up: ClassVar[bool] = False
