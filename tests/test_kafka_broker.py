@@ -43,7 +43,7 @@ async def test_offsets_and_output_of_a_transaction_stand_or_fall_together(kafka,
             await producer.send_offsets_to_transaction({place: 1}, target)
 
     assert [b"kept"] == await read(kafka.address, target, 1, isolation_level="read_committed")
-    async with AIOKafkaConsumer(bootstrap_servers=kafka.address, group_id=target) as consumer:
+    async with AIOKafkaConsumer(bootstrap_servers=kafka.address, group_id=target, enable_auto_commit=False) as consumer:
         assert 1 == await consumer.committed(place)
 
 

@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from servinggraph.clients.dead_letters import Selection, replay
 from servinggraph.clients.marks import Marks
@@ -192,9 +192,8 @@ async def test_a_run_that_is_cut_off_leaves_what_the_next_one_sends(place, after
 
 async def test_notes_of_somebody_else_are_not_overwritten(place, kafka):
     await place.bury(*THREE)
-    async with AIOKafkaConsumer(bootstrap_servers=kafka.address, group_id="others") as consumer:
-        from aiokafka import TopicPartition
-
+    # Without automatic commits: closing would commit the position that is being fetched, and with it an empty note.
+    async with AIOKafkaConsumer(bootstrap_servers=kafka.address, group_id="others", enable_auto_commit=False) as consumer:
         consumer.assign([TopicPartition(place.dead, 0)])
         await consumer.commit({TopicPartition(place.dead, 0): (0, "mine")})
 

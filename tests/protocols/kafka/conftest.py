@@ -90,7 +90,9 @@ class Served:
 
     async def committed(self, partition: int = 0, at_least: int = 0) -> int | None:
         """Return the offset that the group has committed, once it is `at_least` so much."""
-        consumer = AIOKafkaConsumer(bootstrap_servers=self.broker.address, group_id=self.kafka["input"]["group"])
+        consumer = AIOKafkaConsumer(
+            bootstrap_servers=self.broker.address, group_id=self.kafka["input"]["group"], enable_auto_commit=False
+        )
         await consumer.start()
         end = asyncio.get_running_loop().time() + PATIENCE_S
         try:
