@@ -346,10 +346,15 @@ class Router(ABC, Generic[OptionsT]):
     def recall(self, remembered: Mapping[str, Any]) -> None:
         """Take up what `remember` gave before a restart.
 
+        Args:
+            remembered: with the `revision` of then. At 0 nobody had changed a setting, and those of the definition hold,
+                which may have been edited meanwhile.
+
         Raises:
             InvalidRequest: it does not fit the graph any more.
         """
-        self.adjust(remembered)
+        if remembered.get("revision", 1):
+            self.adjust(remembered)
 
     def succeed(self, before: Self) -> None:
         """Take over what is not saved, the requests that wait for feedback say, from the router that this one replaces.

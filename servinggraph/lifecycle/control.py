@@ -81,8 +81,7 @@ class RouterSeat:
             store = open_store(place, self.router.base)
             remembered = await self._control.remembered(self, store)
             if remembered is not None:
-                self.router.recall(remembered)
-                self.router.revision = int(remembered.get("revision", self.router.revision))
+                self._recall(remembered)
             self._control.succeed(self)
             if store.adds_up and self.router.hand_out() is not None:
                 sharing = Sharing(self.router, store, self.key)
@@ -92,13 +91,30 @@ class RouterSeat:
         except StateFailed as error:
             raise StepFailed(str(error)).at(self.router.name) from error
         except InvalidRequest as error:
-            text = f"its saved state does not fit the graph any more: {error.message}; remove it to begin anew"
+            text = f"its saved state '{self.key}' does not fit the graph any more: {error.message}; remove it to begin anew"
             raise StepFailed(text).at(self.router.name) from error
         finally:
             if self._store is None:  # it did not start, and nobody is to ask it for its state
                 self._control.leave(self)
                 if store is not None:
                     store.close()
+
+    def _recall(self, remembered: Any) -> None:
+        """Have the router take up what was saved.
+
+        Raises:
+            InvalidRequest: it is not what the router gave, or does not fit the graph any more.
+        """
+        declared = self.router.settings()
+        try:
+            revision = int(remembered.get("revision", self.router.revision))
+            self.router.recall(remembered)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # a router's own, or it was changed by hand
+            raise InvalidRequest(f"{type(error).__name__}: {error}") from error
+        self.router.revision = revision
+        for name, value in self.router.settings().items():
+            if value != declared.get(name):
+                logger.info("router '%s': '%s' is %s, as changed while it served", self.router.name, name, value)
 
     def pass_on(self, record: Feedback) -> bool:
         """Have the workers that share the router's state asked for a request; return False where there are none."""

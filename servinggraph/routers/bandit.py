@@ -166,17 +166,21 @@ class Bandit(Router[BanditOptions]):
         return {**self.settings(), "learned": {name: arm.sums().tolist() for name, arm in self._arms.items()}}
 
     def recall(self, remembered: Mapping[str, Any]) -> None:
+        if remembered.get("revision", 1):
+            self._recall_settings(remembered)
+        self._resets = int(remembered.get("resets", 0))
+        for name, sums in remembered.get("learned", {}).items():
+            if name in self._arms:
+                self._take(self._arms[name], _numbers(name, sums))
+        self._handed_out = {name: arm.sums() for name, arm in self._arms.items()}  # it was, before the restart
+
+    def _recall_settings(self, remembered: Mapping[str, Any]) -> None:
         numbers = self._policy.numbers
         known = {n: v for n, v in remembered.items() if n in numbers and not numbers[n].fixed and not numbers[n].problem(n, v)}
         self._policy.values.update(known)
         enabled = remembered.get("enabled", {})
         kept = {name: bool(enabled.get(name, True)) for name in self._arms}
         self._enable(kept if any(kept.values()) else dict.fromkeys(kept, True))
-        self._resets = int(remembered.get("resets", 0))
-        for name, sums in remembered.get("learned", {}).items():
-            if name in self._arms:
-                self._take(self._arms[name], _numbers(name, sums))
-        self._handed_out = {name: arm.sums() for name, arm in self._arms.items()}  # it was, before the restart
 
     def succeed(self, before: Self) -> None:
         kept = ("window", "scorer", "features", "key", "missing_reward")

@@ -234,7 +234,8 @@ class Champion(Router[ChampionOptions]):
     def recall(self, remembered: Mapping[str, Any]) -> None:
         settings = self.settings()
         self._resets = int(remembered.get("resets", 0))
-        self.adjust({name: remembered[name] for name in settings if name in remembered})
+        if remembered.get("revision", 1):
+            self.adjust({name: remembered[name] for name in settings if name in remembered})
         sums: dict[str, Array] = {}
         try:
             for name, (places, numbers) in remembered.get("learned", {}).items():

@@ -13,7 +13,7 @@ from servinggraph.concurrency import cancel_all
 from servinggraph.context import Context
 from servinggraph.errors import GraphInvalid, InvalidRequest, Problem, ServingGraphError, StepFailed
 from servinggraph.interfaces import Handler, Router, RouterOptions
-from servinggraph.tensors import Signature, row_count
+from servinggraph.tensors import Array, Signature, row_count
 
 __all__ = ["Map", "MapOptions"]
 
@@ -30,7 +30,7 @@ class MapOptions(RouterOptions):
 
     @model_validator(mode="after")
     def _check(self) -> MapOptions:
-        if self.tolerate > 1 and self.tolerate != int(self.tolerate):
+        if self.tolerate > 1 and not self.tolerate.is_integer():  # nor is what has no end
             raise ValueError(f"tolerate is a share below 1 or a whole number, got {self.tolerate}")
         return self
 
@@ -78,11 +78,14 @@ class Map(Router[MapOptions]):
         if isinstance(value, list | tuple):
             return value, False
         if not isinstance(value, Mapping):
-            raise StepFailed(f"maps over a list or over rows of tensors, got a {type(value).__name__}")
+            raise InvalidRequest(f"maps over a list or over rows of tensors, got a {type(value).__name__}")
+        for name, array in value.items():
+            if not isinstance(array, np.ndarray):
+                raise InvalidRequest(f"maps over a list or over rows of tensors, and '{name}' of what it got is no tensor")
         try:
             rows = row_count(value)
-        except (ValueError, AttributeError) as error:
-            raise StepFailed(f"cannot map over rows: {error}") from None
+        except ValueError as error:
+            raise InvalidRequest(f"cannot map over rows: {error}") from None
         return [{name: array[row : row + 1] for name, array in value.items()} for row in range(rows)], True
 
     async def _run_all(self, items: Sequence[Any], context: Context, branch: Handler) -> list[Any]:
@@ -131,9 +134,33 @@ class Map(Router[MapOptions]):
     def _joined(results: Sequence[Any]) -> dict[str, Any]:
         first = results[0]
         for result in results:
-            if not isinstance(result, Mapping) or result.keys() != first.keys():
+            if not isinstance(result, Mapping):
+                text = f"its branch gave a {type(result).__name__} for a row, expected a mapping of tensor name to array"
+                raise StepFailed(text)
+            if result.keys() != first.keys():
                 raise StepFailed("its branch gave different tensors for different rows")
             for name, array in result.items():
-                if array.dtype != first[name].dtype or array.shape[1:] != first[name].shape[1:] or not array.ndim:
-                    raise StepFailed(f"its branch gave '{name}' in different datatypes or shapes for different rows")
-        return {name: np.concatenate([result[name] for result in results], dtype=first[name].dtype) for name in first}
+                if not isinstance(array, np.ndarray) or not array.ndim:
+                    raise StepFailed(f"its branch gave '{name}' for a row as {_shown(array)}, which has no rows to join")
+                if not _same_datatype(array, first[name]) or array.shape[1:] != first[name].shape[1:]:
+                    one, other = _shown(first[name]), _shown(array)
+                    text = f"its branch gave '{name}' in different datatypes or shapes for different rows: {one} and {other}"
+                    raise StepFailed(text)
+        return {
+            # The longest of numpy's texts decides how long all may be.
+            name: np.concatenate([result[name] for result in results], dtype=None if _is_text(array) else array.dtype)
+            for name, array in first.items()
+        }
+
+
+def _shown(array: Any) -> str:
+    return f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray | np.generic) else type(array).__name__
+
+
+def _same_datatype(one: Array, other: Array) -> bool:
+    return one.dtype == other.dtype or (_is_text(one) and one.dtype.kind == other.dtype.kind)
+
+
+def _is_text(array: Array) -> bool:
+    """Tell whether an array is numpy's own text, of which each length is a dtype of its own."""
+    return array.dtype.kind in "US"

@@ -122,10 +122,44 @@ def test_saved_state_that_does_not_fit_any_more_is_said_at_the_load(run, tmp_pat
     path.write_text(json.dumps({"g/1/test": {"weights": {"gone": 1}}}))
 
     async def check():
-        with pytest.raises(StepFailed, match="node 'test': its saved state does not fit the graph any more.*'gone'"):
+        with pytest.raises(StepFailed, match="node 'test': its saved state 'g/1/test' does not fit the graph any more.*'gone'"):
             await Catalog(Control()).load([a_plan(state=str(path))])
 
     run(check())
+
+
+@pytest.mark.parametrize("saved", [5, "x", [], {"revision": "x", "weights": {"a": 1}}, {"weights": {"a": 1}, "revision": None}])
+def test_saved_state_that_is_something_else_is_said_at_the_load(run, tmp_path, saved):
+    path = tmp_path / "state.json"
+    path.write_text(json.dumps({"g/1/test": saved}))
+
+    async def check():
+        with pytest.raises(StepFailed, match="node 'test': its saved state 'g/1/test' does not fit.*remove it to begin anew"):
+            await Catalog(Control()).load([a_plan(state=str(path))])
+
+    run(check())
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_definition_that_was_edited_holds_unless_its_settings_were_changed_while_it_served(run, tmp_path, caplog, changed):
+    place = str(tmp_path / "state.json")
+    caplog.set_level("INFO", "servinggraph.control")
+
+    async def check():
+        catalog = Catalog(Control())
+        await catalog.load([a_plan(state=place)])
+        if changed:
+            Control.change(catalog.get("g").seats["test"], {"weights": {"a": 5}})
+        await catalog.stop()
+        catalog = Catalog(Control())
+        await catalog.load([a_plan(weights={"a": 1, "b": 9}, state=place)])
+        expected = {"a": 5, "b": 0.0} if changed else {"a": 1.0, "b": 9.0}
+        assert {"weights": expected} == catalog.get("g").seats["test"].router.settings()
+        await catalog.stop()
+
+    run(check())
+    said = "router 'test': 'weights' is {'a': 5, 'b': 0.0}, as changed while it served"
+    assert changed == (said in caplog.messages)
 
 
 def test_a_load_that_failed_takes_no_part_in_the_next_one(run, tmp_path):

@@ -66,6 +66,13 @@ def test_a_key_may_be_a_tensors_first_element_or_a_field_of_a_body():
     assert None is key_reader("tensor:user")([1], context)
 
 
+def test_an_empty_text_is_no_key_wherever_it_stands():
+    context = type("C", (), {"headers": {"user": ""}, "parameters": {"user": ""}, "id": ""})()
+    value = {"user": np.array([b""], object)}
+    assert [None] * 4 == [key_reader(place)(value, context) for place in ("header:user", "parameter:user", "tensor:user", "id")]
+    assert None is key_reader("field:user")({"user": ""}, context)
+
+
 def test_of_100000_keys_exactly_the_needed_share_moves_and_none_back():
     keys = [f"user-{number}" for number in range(100_000)]
     before = Weights({"a": 90, "b": 10})
@@ -123,6 +130,9 @@ def test_weights_change_between_two_requests():
         ({}, "mapping"),
         (3, "mapping"),
         ({"a": float("nan")}, "from 0 on"),
+        ({"a": 10**400}, "from 0 on"),
+        ({"a": 1e308, "b": 1e308}, "too large to be added up"),
+        ({"a": 10**308, "b": 10**308}, "too large to be added up"),
     ],
 )
 def test_weights_that_cannot_be_are_refused_and_change_nothing(weights, text):

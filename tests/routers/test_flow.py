@@ -115,10 +115,28 @@ def test_an_expression_that_is_several_truths_or_fails_says_so():
     context = Context()
     with pytest.raises(StepFailed, match=r"gives 2 truth values: use any\(...\) or all"):
         Expression("inputs['x'] > 1").holds({"x": X}, context)
-    with pytest.raises(StepFailed, match="failed: TypeError"):
-        Expression("inputs['x'] > 'a'").holds({"x": 1}, context)
     with pytest.raises(StepFailed, match="failed"):
         Expression("'a' * 999999999 == body").holds({"x": X}, context)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("parameters['tier'] > 2", "TypeError: '>' not supported between instances of 'str' and 'int'"),
+        ("int(headers['x-age']) > 18", "ValueError: invalid literal for int.*'abcabc"),
+        ("max(inputs['x']) > 1", "ValueError: zero-size array"),
+        ("mean(inputs['x']) > 1", "ValueError: there is no mean of no values"),
+        ("10 / rows > 1", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_what_a_request_brings_that_an_expression_cannot_compute_is_the_requests_mistake(text, reason):
+    headers, parameters = {"x-age": "abc" * 1000}, {"tier": "gold"}
+    choice = routers.Choice({"a": a, "b": b}, when={"a": text}, default="b", circuit_breaker={"failures": 1})
+    with a_graph(choice).mock() as server:
+        for _ in range(2):  # callers must not be able to open a breaker
+            with pytest.raises(InvalidRequest, match=f"cannot be computed of this request: {reason}") as caught:
+                server.infer(x=X[:0], headers=headers, parameters=parameters)
+        assert len(caught.value.message) <= 500
 
 
 # Filter
@@ -328,6 +346,53 @@ def test_branches_that_give_different_tensors_for_different_rows_are_a_failure()
 
     with a_graph(routers.Map(work)).mock() as server, pytest.raises(StepFailed, match="different tensors"):
         server.infer(x=[0, 1])
+
+
+@pytest.mark.parametrize("letter", ["a", b"a"])
+def test_texts_of_different_lengths_come_back_whole(letter):
+    def work(value):
+        return {"y": np.array([letter * int(value["x"][0])])}
+
+    with a_graph(routers.Map(work)).mock() as server:
+        assert [b"a", b"aaa", b""] == server.infer(x=[1, 3, 0]).outputs["y"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (lambda x: {"y": x.astype("f8") if x[0] else x}, r"different rows: float32 \[1\] and float64 \[1\]"),
+        (lambda x: {"y": np.zeros((1, 2 + int(x[0])))}, r"different rows: float64 \[1, 2\] and float64 \[1, 3\]"),
+        (lambda x: {"y": x.sum()}, r"'y' for a row as float32 \[\], which has no rows to join"),
+        (lambda x: {"y": [1, 2]}, "'y' for a row as list, which has no rows to join"),
+        (lambda x: x, "gave a ndarray for a row, expected a mapping of tensor name to array"),
+    ],
+)
+def test_results_that_cannot_be_joined_are_described(given, text):
+    def work(value):
+        return given(value["x"])
+
+    with a_graph(routers.Map(work)).mock() as server, pytest.raises(StepFailed, match=text):
+        server.infer(x=[0, 1])
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (b'"abc"', "over a list or over rows of tensors, got a str"),
+        (b"null", "got a NoneType"),
+        (b'{"a": 1}', "'a' of what it got is no tensor"),
+        (b"{}", "cannot map over rows: there is no tensor"),
+    ],
+)
+def test_a_body_that_is_no_list_is_the_requests_mistake(body, text):
+    with a_graph(routers.Map(lambda value: value), "body").mock() as server:
+        reply = server.request("POST", "/invocations", body, {"content-type": "application/json"})
+        assert (400, True) == (reply.status, text in reply.json()["error"])
+
+
+def test_a_tolerance_without_end_is_refused():
+    with pytest.raises(GraphInvalid, match="tolerate is a share below 1 or a whole number, got inf"):
+        a_graph(routers.Map(a, tolerate=float("inf"))).compile()
 
 
 # Inside each other

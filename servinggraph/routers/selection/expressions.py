@@ -24,6 +24,9 @@ __all__ = ["FUNCTIONS", "NAMES", "Expression"]
 NAMES: Final = ("inputs", "body", "parameters", "headers", "id", "rows")
 """What an expression sees: tensors by name, the whole value, the request's parameters, headers, id, and number of rows."""
 
+_LONGEST: Final = 500
+"""Most characters of an error, which may quote what the request has."""
+
 
 def _get(mapping: Any, key: Any, default: Any = None) -> Any:
     return mapping.get(key, default) if isinstance(mapping, Mapping) else default
@@ -45,6 +48,8 @@ def _reduced(numpy_function: Callable[..., Any], plain: Callable[..., Any]) -> C
 
 
 def _mean(values: Any) -> Any:
+    if not np.size(values):
+        raise ValueError("there is no mean of no values")
     return np.mean(values)
 
 
@@ -102,7 +107,8 @@ class Expression:
         """Tell whether the expression is true of a request.
 
         Raises:
-            InvalidRequest: it names a tensor, parameter or header that the request does not have.
+            InvalidRequest: it names a tensor, parameter or header that the request does not have, or cannot be computed of
+                what the request has there.
             StepFailed: it fails in any other way, or gives an array of several elements.
         """
         result = self.value(value, context)
@@ -133,6 +139,9 @@ class Expression:
         except (KeyError, IndexError) as error:
             text = f"expression '{self.text}' asks for {error}, which this request does not have"
             raise InvalidRequest(f"{text}; get(mapping, key) gives None then") from None
+        except (TypeError, ValueError, ArithmeticError) as error:  # a text for a number, no rows for their maximum
+            text = f"expression '{self.text}' cannot be computed of this request: {type(error).__name__}: {error}"
+            raise InvalidRequest(text[:_LONGEST]) from None
         except (InvalidExpression, Exception) as error:
             raise StepFailed(f"expression '{self.text}' failed: {type(error).__name__}: {error}") from error
 

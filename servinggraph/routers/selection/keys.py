@@ -18,7 +18,7 @@ _PLACES = "header:NAME, parameter:NAME, tensor:NAME, field:PATH.TO.KEY or id"
 
 
 def key_reader(place: str) -> KeyReader:
-    """Return what reads a key.
+    """Return what reads a key; what is empty is no key.
 
     Args:
         place: `header:x-user`, `parameter:user`, `tensor:user_id` (its first element),
@@ -47,7 +47,7 @@ def _text(value: Any) -> str | None:
     if value is None:
         return None
     if isinstance(value, bytes):
-        return value.decode("utf-8", "surrogateescape")
+        return value.decode("utf-8", "surrogateescape") or None
     if isinstance(value, bool | np.bool_):
         return "true" if value else "false"
     return str(value.item() if isinstance(value, np.generic) else value) or None
@@ -64,7 +64,7 @@ def _field(value: Any, path: list[str]) -> str | None:
     for part in path:
         if isinstance(value, Mapping):
             value = value.get(part)
-        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
             value = value[int(part)]
         else:
             return None

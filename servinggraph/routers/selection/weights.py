@@ -70,8 +70,18 @@ def weights_problem(weights: Any, names: Mapping[str, Any]) -> str | None:
     for name, weight in weights.items():
         if name not in names:
             return f"weights name '{name}', which is no branch{nearest(str(name), list(names))}"
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight) or weight < 0:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not _is_finite(weight) or weight < 0:
             return f"the weight of '{name}' is a number from 0 on, got {weight!r}"
-    if not any(weights.values()):
+    total = sum(map(float, weights.values()))
+    if not total:
         return "at least one weight is above 0"
+    if not isfinite(total):
+        return "the weights are too large to be added up: only their ratios matter"
     return None
+
+
+def _is_finite(number: float) -> bool:
+    try:
+        return isfinite(number)
+    except OverflowError:  # a whole number beyond what a float holds
+        return False

@@ -62,6 +62,7 @@ def test_a_router_is_read_and_changed(http_server):
         ("PATCH", PATH, b'{"settings": {"weights": {"a": 1}}, "revision": "1"}', 400, "whole number"),
         ("POST", PATH, b"{}", 405, "Method Not Allowed"),
         ("GET", "/admin/audit?limit=all", b"", 400, "whole number"),
+        ("GET", "/admin/audit?limit=%C2%B2", b"", 400, "whole number"),  # a digit, but no number
         ("POST", "/v2/models/g/feedback", b"{}", 400, "needs the 'id'"),
         ("POST", "/v2/models/g/feedback", b'{"id": "r"}', 400, "one of the two"),
         ("POST", "/v2/models/g/feedback", b'{"id": "r", "reward": true}', 400, "number"),

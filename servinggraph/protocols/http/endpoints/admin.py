@@ -55,7 +55,7 @@ def routes(serving: Serving) -> list[Route]:
     def audit(request: Request) -> Response:
         query = request.query_params
         limit = query.get("limit", "100")
-        if not limit.isdigit() or len(limit) > 6:
+        if not limit.isdecimal() or len(limit) > 6:
             raise InvalidRequest(f"'limit' is a whole number, got {limit[:20]!r}")
         return json_response([asdict(c) for c in control.audit.last(query.get("graph", ""), query.get("node", ""), int(limit))])
 
