@@ -10,7 +10,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
@@ -29,6 +29,8 @@ logger = logging.getLogger("servinggraph.server")
 
 GRPC_PORT: Final = 8081
 
+_Port = Annotated[int, Field(ge=0, le=65535)]
+
 
 class CannotServe(Exception):
     """The server cannot start; the text is one sentence for the person at the terminal."""
@@ -38,8 +40,8 @@ class ServerOptions(FrontEndOptions):
     """Settings of a server process. Each field is an option of `servinggraph serve`."""
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
-    http_port: int | Literal["off"] = Field(8080, description="Port for HTTP; 0 takes a free one, off for none.")
-    grpc_port: int | Literal["off"] | None = Field(
+    http_port: _Port | Literal["off"] = Field(8080, description="Port for HTTP; 0 takes a free one, off for none.")
+    grpc_port: _Port | Literal["off"] | None = Field(
         None,
         description="Port for gRPC; 0 takes a free one, off for none. By default 8081 where the extra `grpc` is installed.",
     )
@@ -48,7 +50,7 @@ class ServerOptions(FrontEndOptions):
     )
     kafka_brokers: str = Field("", description="Addresses of Kafka brokers, instead of those in the graphs.")
     metrics_port: int | None = Field(
-        None, ge=0, description="Port for /metrics alone, 0 takes a free one; by default it is on the HTTP port."
+        None, ge=0, le=65535, description="Port for /metrics alone, 0 takes a free one; by default it is on the HTTP port."
     )
     grace_s: float = Field(30, ge=0, description="On SIGTERM, seconds that requests in flight have to finish.")
     model_control: Literal["none", "poll", "explicit"] = Field(

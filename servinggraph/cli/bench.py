@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Self
 
 import click
 
+from servinggraph.cli.params import SECONDS
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -32,7 +34,7 @@ _PERCENTILES = (50, 90, 95, 99, 99.9)
 @click.option(
     "-c", "--connections", type=click.IntRange(1, 4096), default=32, show_default=True, help="Requests at the same time."
 )
-@click.option("-d", "--seconds", type=click.FloatRange(min=0, min_open=True), default=10, show_default=True)
+@click.option("-d", "--seconds", type=SECONDS, default=10, show_default=True)
 @click.option(
     "--warmup", type=click.FloatRange(min=0), default=1, show_default=True, help="Seconds of load before, not counted."
 )
@@ -43,7 +45,7 @@ _PERCENTILES = (50, 90, 95, 99, 99.9)
 )
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the latencies: .png, .svg or .pdf.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-@click.option("--timeout-s", type=float, default=30, show_default=True)
+@click.option("--timeout-s", type=SECONDS, default=30, show_default=True)
 def bench(
     url: str,
     model: str,
@@ -75,6 +77,8 @@ def bench(
     from servinggraph.cli.asking.target import Target, failure
     from servinggraph.cli.asking.values import random_tensors, tensors_from
 
+    if plot is not None:
+        _see_to_plot(plot)  # a load may take long, and what it found must not be lost
     target = Target(url, timeout_s)
     with closing(target):
         try:
@@ -98,13 +102,17 @@ def bench(
             sys.exit(1)
     with Progress(warmup + seconds, hidden=as_json or not sys.stderr.isatty()) as tick:
         outcome = asyncio.run(run_load(target, model, model_version, what, connections, warmup, seconds, rate, tick))
-    if plot is not None:
-        _draw(outcome, plot, f"{model}, {connections} connections" + (f", {rate:g}/s asked" if rate else ""))
     if as_json:
         click.echo(orjson.dumps(_document(outcome)))
     else:
         _print(outcome, connections)
-        if plot is not None:
+    if plot is not None:
+        try:
+            _draw(outcome, plot, f"{model}, {connections} connections" + (f", {rate:g}/s asked" if rate else ""))
+        except OSError as error:
+            click.echo(f"cannot write {plot}: {error.strerror}", err=True)
+            sys.exit(1)
+        if not as_json:
             click.echo(f"drew {plot}")
     sys.exit(0 if outcome.latencies_s and not outcome.errors else 1)
 
@@ -170,14 +178,23 @@ def _print(outcome: Outcome, connections: int) -> None:
         )
 
 
+def _see_to_plot(file: Path) -> None:
+    """Refuse a plot that could not be drawn."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise click.UsageError(f"{error}: --plot needs pip install 'servinggraph[tools]'") from error
+    if file.suffix[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise click.UsageError(f"--plot {file}: expected a name that ends with .png, .svg or .pdf")
+    if not file.parent.is_dir():
+        raise click.UsageError(f"--plot {file}: there is no folder '{file.parent}'")
+
+
 def _draw(outcome: Outcome, file: Path, title: str) -> None:
     """Draw latencies over time, and their distribution by percentile."""
     import numpy as np
+    from matplotlib.figure import Figure
 
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise click.UsageError(f"{error}: --plot needs pip install 'servinggraph[tools]'") from error
     latencies = np.array(outcome.latencies_s) * 1e3
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from http.client import HTTPException
 from typing import Any, NoReturn
 from urllib.error import HTTPError, URLError
-from urllib.parse import quote, urlsplit
-from urllib.request import Request, urlopen
+from urllib.parse import quote
+from urllib.request import ProxyHandler, Request, build_opener
 
 import click
 import orjson
+
+from servinggraph.cli.params import SECONDS, server_address
 
 __all__ = ["compare", "report_text"]
 
@@ -30,7 +32,7 @@ _QUANTILES = ("p50", "p90", "p99", "max")
 @click.option("--who", default=None, help="With --promote, who does it, for the audit log; by default the user's name.")
 @click.option("--why", default="", help="With --promote, the reason, for the audit log.")
 @click.option("--token", envvar="SERVINGGRAPH_ADMIN_TOKEN", default="", help="The server's --admin-token.")
-@click.option("--timeout", "timeout_s", default=10.0, show_default=True, help="Seconds to wait for an answer.")
+@click.option("--timeout", "timeout_s", type=SECONDS, default=10.0, show_default=True, help="Seconds to wait for an answer.")
 def compare(
     url: str,
     graph: str,
@@ -48,8 +50,9 @@ def compare(
 
     Shares stand with their 95 % confidence interval. Latencies are of the same requests for both.
     """
-    if urlsplit(url).scheme not in ("http", "https"):
-        raise click.UsageError(f"'{url}' is no address of a server: expected http://host:port")
+    server_address(url)
+    if not token.isascii() or not token.isprintable():
+        raise click.UsageError("the token has line breaks or characters beyond ASCII, which no header can hold")
     place = f"{url.rstrip('/')}/admin/graphs/{quote(graph, safe='')}/routers/{quote(node, safe='')}"
     if graph_version:
         place += f"?version={quote(graph_version, safe='')}"
@@ -163,7 +166,7 @@ def _asked(request: Request, token: str, timeout_s: float) -> dict[str, Any]:
     if token:
         request.add_header("authorization", f"Bearer {token}")
     try:
-        with urlopen(request, timeout=timeout_s) as response:  # noqa: S310  (the caller's own address)
+        with build_opener(ProxyHandler({})).open(request, timeout=timeout_s) as response:
             text = response.read()
     except HTTPError as error:
         with error:

@@ -59,6 +59,9 @@ def plot(path: Path, overrides: tuple[str, ...], output: Path | None) -> None:
     except PlotProblem as error:
         click.echo(str(error), err=True)
         sys.exit(1)
+    except OSError as error:
+        click.echo(f"cannot write {output}: {error.strerror}", err=True)
+        sys.exit(1)
 
 
 @click.command()

@@ -6,20 +6,21 @@ import sys
 
 import click
 
+from servinggraph.cli.params import SECONDS, server_address
+
 __all__ = ["health"]
 
 
 @click.command()
 @click.argument("url", default="http://127.0.0.1:8080")
 @click.option("--live", is_flag=True, help="Ask whether it lives, and not whether it is ready.")
-@click.option("--timeout-s", type=float, default=5, show_default=True)
+@click.option("--timeout-s", type=SECONDS, default=5, show_default=True)
 def health(url: str, live: bool, timeout_s: float) -> None:
     """Ask the server at URL whether it is ready; the exit status is 0 when it is."""
     from http.client import HTTPException
     from urllib.request import ProxyHandler, build_opener
 
-    if not url.startswith(("http://", "https://")):
-        raise click.UsageError(f"'{url}' is no http address")
+    server_address(url)
     asked = f"{url.rstrip('/')}/v2/health/{'live' if live else 'ready'}"
     try:
         with build_opener(ProxyHandler({})).open(asked, timeout=timeout_s):

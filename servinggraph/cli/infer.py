@@ -10,6 +10,8 @@ from pathlib import Path
 
 import click
 
+from servinggraph.cli.params import SECONDS, headers_from
+
 __all__ = ["infer"]
 
 
@@ -39,7 +41,7 @@ __all__ = ["infer"]
 @click.option("--header", "headers", multiple=True, metavar="NAME=VALUE", help="A header (gRPC: metadata).")
 @click.option("--id", "request_id", default="", help="Id of the request.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-@click.option("--timeout-s", type=float, default=30, show_default=True)
+@click.option("--timeout-s", type=SECONDS, default=30, show_default=True)
 def infer(
     url: str,
     model: str,
@@ -65,7 +67,7 @@ def infer(
     from servinggraph.cli.asking.values import key_values, shown, tensors_from
 
     named = {text.partition("=")[0]: text.partition("=")[2] for text in outputs}
-    sent_headers = {name: str(value) for name, value in key_values(headers, "--header").items()}
+    sent_headers = headers_from(headers)
     target = Target(url, timeout_s)
     if body is not None:
         if inputs or target.is_grpc:
@@ -78,7 +80,7 @@ def infer(
         sys.exit(0 if status < 400 else 1)
     with closing(target):
         try:
-            takes, _ = target.metadata(model, model_version)
+            takes, _ = target.metadata(model, model_version, sent_headers)
             if not takes:
                 raise click.UsageError(f"model '{model}' takes no tensors: give it a --body")
             tensors = tensors_from(inputs, takes)
@@ -92,24 +94,34 @@ def infer(
             raise
         except Exception as error:
             _fail(f"{url} {model}: {failure(error)}")
-    _write(named, reply.outputs)
     if as_json:
         document = {"model": model, "version": reply.model_version, "id": reply.id, "parameters": dict(reply.parameters)}
         click.echo(orjson.dumps({**document, "outputs": shown(reply.outputs), "ms": round(took * 1e3, 3)}))
-        return
-    click.echo(f"{model} version {reply.model_version}, {took * 1e3:.1f} ms")
-    _print(reply.outputs, reply.parameters)
+    else:
+        click.echo(f"{model} version {reply.model_version}, {took * 1e3:.1f} ms")
+        _print(reply.outputs, reply.parameters)
+    _write(named, reply.outputs, told=as_json)
 
 
-def _write(named: dict[str, str], outputs: object) -> None:
+def _write(named: dict[str, str], outputs: object, *, told: bool) -> None:
+    """Write outputs to files, and say so: on the error stream where the other is for a program."""
     import numpy as np
 
     assert isinstance(outputs, dict)
     for name, place in named.items():
-        if place:
-            file = Path(place.removeprefix("@"))
-            np.save(file, outputs[name], allow_pickle=False)
-            click.echo(f"wrote {file}")
+        if not place:
+            continue
+        path = Path(place.removeprefix("@"))
+        if name not in outputs:
+            _fail(f"the answer has no output '{name}' to write to {path}")
+        if outputs[name].dtype == object:
+            _fail(f"output '{name}' is BYTES, which a .npy file cannot hold: nothing was written to {path}; --json prints it")
+        try:
+            with path.open("wb") as file:  # np.save would give the file a name of its own
+                np.save(file, outputs[name], allow_pickle=False)
+        except OSError as error:
+            _fail(f"cannot write {path}: {error.strerror}")
+        click.echo(f"wrote {path}", err=told)
 
 
 def _print(outputs: object, parameters: object) -> None:
@@ -122,7 +134,8 @@ def _print(outputs: object, parameters: object) -> None:
     for name, array in outputs.items():
         readable = array
         if array.dtype == object:
-            readable = np.array([item.decode("utf-8", "replace") for item in array.reshape(-1)]).reshape(array.shape)
+            texts = [item.decode("utf-8", "replace") if isinstance(item, bytes) else item for item in array.reshape(-1)]
+            readable = np.array(texts).reshape(array.shape)
         text = np.array2string(readable, threshold=64, precision=6, separator=", ")
         click.echo(f"{name} {datatype_of(array)} {list(array.shape)}\n{text}")
     if parameters:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import keyword
 import re
+import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -81,23 +84,51 @@ def init(name: str) -> None:
     import orjson
 
     from servinggraph.compiler import json_schema
+    from servinggraph.spec.model import name_problem
 
+    if not name:
+        raise click.UsageError("NAME is empty: give the folder to make")
     folder = Path(name)
-    module = re.sub(r"[^a-z0-9_]", "_", folder.name.lower())
-    if not module or module[0].isdigit():
-        module = f"graph_{module}"
-    if folder.exists() and any(folder.iterdir()):
-        click.echo(f"folder '{name}' is there and not empty: nothing was written", err=True)
-        sys.exit(1)
+    graph = folder.resolve().name  # "." has a name, too
+    if problem := name_problem(graph, "graph"):
+        raise click.UsageError(f"the graph is named after its folder: {problem}")
+    module = _module(graph)
     files = {
-        "graph.yaml": _GRAPH.format(name=folder.name, module=module),
+        "graph.yaml": _GRAPH.format(name=_in_yaml(graph), module=module),
         f"{module}/__init__.py": "",
         f"{module}/steps.py": _STEPS,
         "test_graph.py": _TEST,
-        "README.md": _README.format(name=folder.name),
+        "README.md": _README.format(name=graph),
         "graph.schema.json": orjson.dumps(json_schema(), option=orjson.OPT_INDENT_2).decode() + "\n",
     }
-    for path, text in files.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(text, encoding="utf-8")
-    click.echo(f"made {folder}: cd {folder} && servinggraph serve graph.yaml")
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            click.echo(f"folder '{name}' is there and not empty: nothing was written", err=True)
+            sys.exit(1)
+        for path, text in files.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        click.echo(f"cannot make '{name}': {error.strerror}", err=True)
+        sys.exit(1)
+    click.echo(f"made {folder}: cd {shlex.quote(str(folder))} && servinggraph serve graph.yaml")
+
+
+def _module(graph: str) -> str:
+    """Return a name for the module of a graph's steps, which is nobody else's: a project `test` must not hide Python's."""
+    module = re.sub(r"[^a-z0-9_]", "_", graph.lower())
+    if module[0].isdigit() or keyword.iskeyword(module) or module == "test_graph" or _is_there(module):
+        return f"graph_{module}"
+    return module
+
+
+def _is_there(module: str) -> bool:
+    found = None if module in sys.modules else find_spec(module)
+    return module in sys.modules or (found is not None and found.origin is not None)
+
+
+def _in_yaml(name: str) -> str:
+    """Return a name as YAML has it: in quotes where it would be a number, or true, or nothing."""
+    import yaml
+
+    return name if yaml.safe_load(name) == name else f'"{name}"'

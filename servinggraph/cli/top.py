@@ -8,6 +8,8 @@ from http.client import HTTPException
 
 import click
 
+from servinggraph.cli.params import server_address
+
 __all__ = ["top"]
 
 
@@ -26,8 +28,9 @@ def top(url: str, interval: float, once: bool, graph: str) -> None:
     """
     from servinggraph.cli.asking.scrape import scrape
 
-    if not url.startswith(("http://", "https://")):
+    if "://" not in url:
         url = f"http://{url}"
+    server_address(url)
     try:
         from rich.console import Console
         from rich.live import Live

@@ -99,6 +99,37 @@ def test_values_come_from_files_and_answers_go_to_them(urls: dict[str, str], tmp
         (tmp_path / "y.npy").unlink()
 
 
+def test_a_program_gets_json_and_nothing_else_when_an_answer_goes_to_a_file(urls: dict[str, str], tmp_path: Path) -> None:
+    place = tmp_path / "y.dat"
+    done = run("infer", urls["http"], "double", "-i", "x=[[1, 2]]", "-o", f"y=@{place}", "--json")
+    assert [[2.0, 4.0]] == json.loads(done.stdout)["outputs"]["y"]
+    assert f"wrote {place}" in done.stderr
+    assert [[2, 4]] == np.load(place).tolist()  # under the name that was given
+
+
+def test_an_answer_that_cannot_be_written_is_printed_all_the_same(urls: dict[str, str], tmp_path: Path) -> None:
+    asked = ("infer", urls["http"], "double", "-i", "x=[[1, 2]]", "-i", 'name=["a"]')
+    done = run(*asked, "-o", f"y=@{tmp_path}/no/y.npy")
+    assert (1, True) == (done.exit_code, "y FP32 [1, 2]" in done.stdout)
+    assert f"cannot write {tmp_path}/no/y.npy: No such file or directory\n" == done.stderr
+    done = run(*asked, "-o", f"name=@{tmp_path}/name.npy")
+    assert (1, True) == (done.exit_code, "output 'name' is BYTES, which a .npy file cannot hold" in done.stderr)
+    assert not (tmp_path / "name.npy").exists()
+
+
+@pytest.mark.parametrize(("name", "content"), [("x.npy", b""), ("x.npz", b"PK\x03\x04"), ("x.npy", b"\x93NUMPY")])
+def test_a_file_that_is_none_of_its_kind_is_named(urls: dict[str, str], tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    done = run("infer", urls["http"], "double", "-i", f"x=@{tmp_path / name}")
+    assert (2, True) == (done.exit_code, f"cannot read {tmp_path / name}: " in done.output), done.output
+
+
+def test_a_plot_that_cannot_be_drawn_is_refused_before_the_load(tmp_path: Path) -> None:
+    for place, text in {tmp_path / "x.xyz": "ends with .png", tmp_path / "no" / "x.png": "there is no folder"}.items():
+        done = run("bench", "http://127.0.0.1:1", "double", "--plot", place)
+        assert (2, True) == (done.exit_code, text in done.output), done.output
+
+
 def test_a_body_that_is_no_tensors_is_sent_as_it_is(urls: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text("[1, 2, 3]")
     for body in ("[1, 2, 3]", f"@{tmp_path / 'list.json'}"):

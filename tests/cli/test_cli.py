@@ -228,6 +228,59 @@ def test_init_makes_a_project_whose_own_test_passes(folder):
     assert "my-graph version 1: 2 nodes, fine\n" == done.stdout
 
 
+@pytest.mark.parametrize(
+    ("name", "graph", "call"),
+    [
+        ("123", '"123"', "graph_123"),
+        ("yes", '"yes"', "yes"),
+        ("null", '"null"', "null"),
+        ("numpy", "numpy", "graph_numpy"),
+        ("json", "json", "graph_json"),
+        ("class", "class", "graph_class"),
+        ("test_graph", "test_graph", "graph_test_graph"),
+    ],
+)
+def test_init_finds_names_that_work(folder, name, graph, call):
+    done = run("init", name)
+    assert 0 == done.exit_code, done.output
+    text = Path(name, "graph.yaml").read_text()
+    assert f"graph: {graph}\n" in text
+    assert f"call: {call}.steps:clean" in text
+    assert f"{name} version 1: 2 nodes, fine\n" == run("check", f"{name}/graph.yaml").output
+
+
+def test_init_fills_the_folder_that_it_is_called_in(folder, monkeypatch):
+    Path("here").mkdir()
+    monkeypatch.chdir("here")
+    assert 0 == run("init", ".").exit_code
+    assert "graph: here\n" in Path("graph.yaml").read_text()
+
+
+def test_init_says_why_it_cannot(folder):
+    Path("file").touch()
+    for name, code, text in [
+        ("", 2, "NAME is empty"),
+        ("my graph", 2, "graph name 'my graph' is not URL-safe"),
+        ("file", 1, "cannot make 'file': Not a directory"),
+        ("file/x", 1, "cannot make 'file/x': Not a directory"),
+    ]:
+        done = run("init", name)
+        assert (code, True) == (done.exit_code, text in done.output), done.output
+    assert not Path("my graph").exists()
+
+
+@pytest.mark.parametrize("option", ["--http-port", "--grpc-port", "--metrics-port"])
+def test_a_port_beyond_all_ports_is_refused(folder, option):
+    done = run("serve", "graph.yaml", option, "65536")
+    assert (2, True) == (done.exit_code, f"{option} 65536: expected less than or equal to 65535" in done.output)
+
+
+def test_plot_says_where_it_cannot_write(folder):
+    for name in ("no/graph.svg", "no/graph.mmd"):
+        done = run("plot", "graph.yaml", "-o", name)
+        assert (1, f"cannot write {name}: No such file or directory\n") == (done.exit_code, done.output)
+
+
 @pytest.mark.parametrize("command", ["serve", "check", "plot", "schema", "version", "init"])
 def test_every_command_explains_itself(command):
     assert "Usage:" in run(command, "--help").output

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
-from urllib.parse import urlsplit
 
 import click
 
+from servinggraph.cli.params import server_address
 from servinggraph.tensors import Array, datatype_of
 
 __all__ = ["Reply", "Target", "TensorMeta", "failure"]
@@ -67,9 +67,7 @@ class Target:
     """
 
     def __init__(self, url: str, timeout_s: float = 30) -> None:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https", "grpc", "grpcs") or not parts.hostname:
-            raise click.UsageError(f"'{url}' is no address of a server: expected http://host:port or grpc://host:port")
+        parts = server_address(url if "://" in url else f"http://{url}", ("http", "https", "grpc", "grpcs"))
         self.is_grpc = parts.scheme.startswith("grpc")
         self.is_secure = parts.scheme in ("https", "grpcs")
         self.address = parts.netloc + ("" if self.is_grpc else parts.path.rstrip("/"))
@@ -91,10 +89,21 @@ class Target:
         if self._client is not None:
             self._client.close()
 
-    def metadata(self, model: str, version: str) -> tuple[list[TensorMeta], list[TensorMeta]]:
-        """Return the inputs and outputs of a model."""
-        found = self.client.get_model_metadata(model, version, **({"as_json": True} if self.is_grpc else {}))
-        return _tensors(found.get("inputs", [])), _tensors(found.get("outputs", []))
+    def metadata(
+        self, model: str, version: str, headers: Mapping[str, str] | None = None
+    ) -> tuple[list[TensorMeta], list[TensorMeta]]:
+        """Return the inputs and outputs of a model.
+
+        Raises:
+            ValueError: what the server says of it cannot be read.
+        """
+        # Its deadline: gRPC has none of its own.
+        more: dict[str, Any] = {"as_json": True, "client_timeout": self.timeout_s} if self.is_grpc else {}
+        found = self.client.get_model_metadata(model, version, headers=self._headers(headers), **more)
+        try:
+            return _tensors(found.get("inputs", [])), _tensors(found.get("outputs", []))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the model's metadata cannot be read: {type(error).__name__}: {error}") from error
 
     def infer(
         self,
@@ -116,7 +125,7 @@ class Target:
             model_version=version,
             outputs=wanted or None,
             request_id=id,
-            headers=dict(headers or {}),
+            headers=self._headers(headers),
             parameters=dict(parameters or {}),
             **timing,
         )
@@ -129,6 +138,10 @@ class Target:
         return Reply(
             {name: result.as_numpy(name) for name in names}, given, document.get("model_version", ""), document.get("id", "")
         )
+
+    def _headers(self, headers: Mapping[str, str] | None) -> dict[str, str]:
+        # Names of metadata are in lower case, or gRPC refuses them.
+        return {name.lower() if self.is_grpc else name: value for name, value in (headers or {}).items()}
 
     def tensors(self, inputs: Mapping[str, Array], library: ModuleType | None = None) -> list[Any]:
         """Return arrays as the client library's inputs."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
+from zipfile import BadZipFile
 
 import click
 import numpy as np
 import orjson
 
 from servinggraph.cli.asking.target import TensorMeta
+from servinggraph.cli.params import texts_from
 from servinggraph.errors import nearest
 from servinggraph.tensors import DATATYPES, Array
 
@@ -50,7 +52,7 @@ def random_tensors(wanted: Sequence[TensorMeta], rows: int) -> dict[str, Array]:
     found: dict[str, Array] = {}
     for tensor in wanted:
         shape = tuple((rows if axis == 0 else 1) if size < 0 else size for axis, size in enumerate(tensor.shape))
-        dtype = DATATYPES[tensor.datatype]
+        dtype = _dtype(tensor)
         if tensor.datatype == "BYTES":
             found[tensor.name] = np.full(shape, b"text", dtype=object)
         elif dtype.kind == "b":
@@ -69,10 +71,7 @@ def key_values(given: Sequence[str], option: str) -> dict[str, Any]:
         click.UsageError: there is no equals sign.
     """
     found: dict[str, Any] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise click.UsageError(f"{option} {text!r}: expected NAME=VALUE")
+    for name, value in texts_from(given, option).items():
         try:
             parsed = orjson.loads(value)
         except orjson.JSONDecodeError:
@@ -96,12 +95,14 @@ def _read(value: str, tensor: TensorMeta) -> Any:
         if suffix in _PICTURES and tensor.datatype != "BYTES":
             return _picture(file, tensor)
         return np.array([file.read_bytes().rstrip(b"\n") if suffix == ".txt" else file.read_bytes()], dtype=object)
-    except (OSError, ValueError) as error:
-        raise click.UsageError(f"cannot read {file}: {error}") from error
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise click.UsageError(f"cannot read {file}: {reason}") from error
 
 
 def _from_archive(file: Path, name: str) -> Any:
-    with np.load(file, allow_pickle=False) as archive:
+    # NumPy leaves a file open that it cannot read.
+    with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
         if name in archive:
             return archive[name]
         if len(archive.files) == 1:
@@ -136,6 +137,12 @@ def _json(text: bytes, what: str) -> Any:
         raise click.UsageError(f"{what} is no JSON: {error}{hint}") from error
 
 
+def _dtype(tensor: TensorMeta) -> np.dtype[Any]:
+    if tensor.datatype not in DATATYPES:
+        raise click.UsageError(f"the model takes '{tensor.name}' as {tensor.datatype}, which is no datatype of V2")
+    return DATATYPES[tensor.datatype]
+
+
 def _fitted(value: Any, tensor: TensorMeta, where: str) -> Array:
     """Return a value as an array of the tensor's datatype, with the axis of rows where only that is missing."""
     array = _as_array(value, tensor, where)
@@ -150,7 +157,7 @@ def _fitted(value: Any, tensor: TensorMeta, where: str) -> Array:
 
 
 def _as_array(value: Any, tensor: TensorMeta, where: str) -> Array:
-    dtype = DATATYPES[tensor.datatype]
+    dtype = _dtype(tensor)
     try:
         if tensor.datatype == "BYTES":
             array = np.array(value, dtype=object)
