@@ -109,7 +109,7 @@ class RouterSeat:
         try:
             revision = int(remembered.get("revision", self.router.revision))
             self.router.recall(remembered)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:  # a router's own, or it was changed by hand
+        except (AttributeError, LookupError, TypeError, ValueError, MemoryError) as error:  # it was changed by hand
             raise InvalidRequest(f"{type(error).__name__}: {error}") from error
         self.router.revision = revision
         for name, value in self.router.settings().items():

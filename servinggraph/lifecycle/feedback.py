@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isfinite
+from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from servinggraph.errors import GraphNotFound, InvalidRequest, RequestNotFound, nearest
 from servinggraph.interfaces import Feedback, Receipt
@@ -35,10 +37,21 @@ def read_feedback(document: Mapping[str, Any]) -> Feedback:
     reward, truth = document.get("reward"), document.get("truth")
     if (reward is None) == (truth is None):
         raise InvalidRequest("feedback has a 'reward' (a number) or a 'truth', one of the two")
-    if reward is not None and (type(reward) not in (int, float) or not isfinite(reward)):
-        raise InvalidRequest("'reward' is a finite number")
     metric = texts["metric"] or "reward"
-    return Feedback(texts["id"], texts["variant"], None if reward is None else float(reward), truth, metric, texts["node"])
+    return Feedback(texts["id"], texts["variant"], None if reward is None else _number(reward), truth, metric, texts["node"])
+
+
+def _number(reward: Any) -> float:
+    """Return a reward as a float; numpy's numbers are what a mean over an answer gives in Python."""
+    if isinstance(reward, bool) or not isinstance(reward, int | float | np.integer | np.floating):
+        raise InvalidRequest(f"'reward' is a finite number, got a {type(reward).__name__}")
+    try:
+        number = float(reward)
+    except OverflowError:  # an integer of hundreds of digits
+        number = inf
+    if not isfinite(number):
+        raise InvalidRequest(f"'reward' is a finite number, got {number}")
+    return number
 
 
 def give_feedback(seats: Mapping[str, RouterSeat], record: Feedback, graph: str) -> dict[str, Receipt]:

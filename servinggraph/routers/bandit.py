@@ -10,7 +10,7 @@ from typing import Any, Final, Self
 import numpy as np
 
 from servinggraph.context import Context
-from servinggraph.errors import ErrorCode, GraphInvalid, InvalidRequest, Problem, ServingGraphError
+from servinggraph.errors import ErrorCode, GraphInvalid, InvalidRequest, Problem, ServingGraphError, StepFailed
 from servinggraph.importing import ImportProblem
 from servinggraph.interfaces import Feedback, Handler, Learned, Receipt, Router
 from servinggraph.routers.bandits import (
@@ -27,6 +27,7 @@ from servinggraph.routers.bandits import (
 )
 from servinggraph.routers.selection import Decisions, KeyReader, key_reader
 from servinggraph.routers.signatures import common_signature
+from servinggraph.statistics import is_late
 from servinggraph.tensors import Array, Signature, TensorSpec
 
 __all__ = ["Bandit", "BanditOptions"]
@@ -113,7 +114,7 @@ class Bandit(Router[BanditOptions]):
         if isinstance(error, ServingGraphError):
             return error.code in _OWN_FAULT
         assert self.host is not None  # it serves
-        return context.deadline is not None and self.host.now() >= context.deadline
+        return is_late(context.deadline, self.host.now())
 
     def describe(self) -> str:
         return f"bandit ({self.options.policy}: {', '.join(self._arms)})"
@@ -311,12 +312,18 @@ class Bandit(Router[BanditOptions]):
         return reward
 
     def _clip(self, reward: float) -> float:
-        """Return the nearest reward in the range: an answer that is far off must count, and as nothing worse than bad."""
-        low, high = self._policy.rewards
-        if low <= reward <= high:
+        """Return the nearest reward in the range: an answer that is far off must count, and as nothing worse than bad.
+
+        Raises:
+            StepFailed: the range has no end that could be the nearest.
+        """
+        rewards = self._policy.rewards
+        if reward in rewards:
             return reward
+        if not rewards.bounded:
+            raise StepFailed(f"the scorer gave {reward:g}, which is no reward; with a 'reward_range' it would be the lowest")
         self._clipped += 1
-        return low if reward < low else high
+        return rewards.high if reward > rewards.high else rewards.low
 
     def _checked_enabled(self, enabled: Any) -> dict[str, bool]:
         if not isinstance(enabled, Mapping) or any(type(value) is not bool for value in enabled.values()):
@@ -338,6 +345,7 @@ class Bandit(Router[BanditOptions]):
         for arm in self._arms.values():
             arm.clear()
         self._handed_out = {}
+        self._size = None
         self._resets = resets
 
     def _take(self, arm: Arm, sums: Array) -> None:
@@ -372,6 +380,7 @@ def _numbers(name: str, saved: Any) -> Array:
     Raises:
         InvalidRequest: they are none.
     """
-    if not isinstance(saved, list) or len(saved) < len(_NOTHING) or not all(type(n) in (int, float) for n in saved):
+    are_numbers = isinstance(saved, list) and len(saved) >= len(_NOTHING) and all(type(n) in (int, float) for n in saved)
+    if not are_numbers or min(saved[:2]) < 0:  # requests and rewards
         raise InvalidRequest(f"what '{name}' learned is no list of numbers")
     return np.array(saved, np.float64)

@@ -26,6 +26,7 @@ from servinggraph.routers.selection import KeyReader, key_reader
 from servinggraph.routers.shadow import Comparison, ComparisonOptions, Copy, Lane, Record, ShadowOptions
 from servinggraph.routers.shadow.holding import kept
 from servinggraph.routers.signatures import common_signature
+from servinggraph.statistics import is_late
 from servinggraph.tensors import Array, Signature
 
 __all__ = ["Champion", "ChampionOptions"]
@@ -156,11 +157,14 @@ class Champion(Router[ChampionOptions]):
         except Exception:
             self._failures[champion] += 1
             raise
+        except asyncio.CancelledError:
+            self._failures[champion] += is_late(context.deadline, self._loop.time())  # or the caller has left
+            raise
         took = perf_counter_ns() - began
         answer = read_only(answer)  # also where nothing is copied: a step behind must fail always or never
         key = None if self._key is None else self._key(value, context)
         copies = [
-            (name, Copy(kept(value), context, answer, took, branches[name], self._record(champion, name)))
+            (name, Copy(kept(value), context, kept(answer), took, branches[name], self._record(champion, name)))
             for name, rate, seed in roles.chosen
             if rate >= 1 or _draw(key, seed) < rate
         ]

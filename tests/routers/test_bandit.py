@@ -177,6 +177,32 @@ def test_feedback_that_cannot_be_used_is_refused_and_teaches_nothing(said, text)
         assert {"score": "taken"} == server.feedback("r", reward=1.0, node="score")
 
 
+@pytest.mark.parametrize("reward", [1, 1.0, np.float64(1), np.float32(1), np.int64(1), np.uint8(1)])
+def test_a_reward_may_be_a_number_of_numpys(reward):
+    with a_graph(branches={"a": a}).mock() as server:
+        server.infer(x=X, id="r")
+        assert {"score": "taken"} == server.feedback("r", reward=reward)
+        assert 1.0 == server.router("score").report()["rewards"]["a"]["mean"]
+
+
+@pytest.mark.parametrize(
+    ("reward", "text"),
+    [
+        (True, "got a bool"),
+        (np.bool_(1), "got a bool"),
+        ("1", "got a str"),
+        ([1], "got a list"),
+        (10**400, "got inf"),
+        (np.float32("nan"), "got nan"),
+    ],
+)
+def test_a_reward_that_is_none_is_refused(reward, text):
+    with a_graph(branches={"a": a}).mock() as server:
+        server.infer(x=X, id="r")
+        with pytest.raises(InvalidRequest, match=f"'reward' is a finite number, {text}"):
+            server.feedback("r", reward=reward)
+
+
 def test_feedback_over_http_says_what_became_of_it():
     with a_graph().mock() as server:
         server.infer(x=X, id="r")
@@ -245,6 +271,45 @@ def test_a_truth_of_text_is_compared_as_text():
         server.infer(x=X, id="r")
         server.feedback("r", truth={"label": ["cat"]})
         assert 1.0 == server.router("score").report()["rewards"]["a"]["mean"]
+
+
+@pytest.mark.parametrize("option", ["absolute_error", "squared_error"])
+@pytest.mark.parametrize("given", [np.nan, np.inf, -np.inf])
+def test_an_answer_that_is_no_number_is_the_worst_one(option, given):
+    def spoilt(value):
+        return {"y": np.full(2, given, np.float32)}
+
+    with a_graph(branches={"a": spoilt}, scorer=option, reward_range=[-9, 0]).mock() as server:
+        server.infer(x=X, id="r")
+        assert {"score": "taken"} == server.feedback("r", truth=[1.0, 2.0])
+        report = server.router("score").report()
+    assert (-9.0, 1) == (report["rewards"]["a"]["mean"], report["feedback"]["clipped"])
+
+
+@pytest.mark.parametrize("given", [np.nan, np.inf])
+def test_without_a_range_an_answer_that_is_no_number_has_no_reward(given):
+    def spoilt(value):
+        return {"y": value["x"] * given}
+
+    with a_graph(branches={"a": spoilt}, scorer="absolute_error", reward_range="real").mock() as server:
+        server.infer(x=X, id="r")
+        with pytest.raises(StepFailed, match="the scorer gave -inf, which is no reward"):
+            server.feedback("r", truth=[1.0])
+        assert {"score": "taken"} == server.feedback("r", reward=-5.0)
+        assert -5.0 == server.router("score").report()["rewards"]["a"]["mean"]
+
+
+@pytest.mark.parametrize("option", ["accuracy", "absolute_error", "squared_error"])
+def test_a_truth_without_elements_or_numbers_teaches_nothing(option):
+    with a_graph(branches={"a": a}, scorer=option, reward_range=[-9, 1]).mock() as server:
+        server.infer(x=np.zeros(0, np.float32), id="empty")
+        server.infer(x=X, id="r")
+        with pytest.raises(InvalidRequest, match="the truth of 'y' has no element"):
+            server.feedback("empty", truth=[])
+        if option != "accuracy":
+            with pytest.raises(InvalidRequest, match="the truth of 'y' is not a finite number somewhere"):
+                server.feedback("r", truth=[np.nan])
+        assert 0 == server.router("score").report()["rewards"]["a"]["count"]
 
 
 def test_a_scorer_that_fails_is_told_and_the_feedback_may_come_again():
@@ -443,7 +508,7 @@ def test_what_was_learned_survives_a_restart(tmp_path, policy):
     assert {"b": before["learned"]["b"][1], "c": 0} == counts
 
 
-@pytest.mark.parametrize("sums", [[1], [1, 2, 3, "4"], {"count": 1}])
+@pytest.mark.parametrize("sums", [[1], [1, 2, 3, "4"], {"count": 1}, [-1, 1, 1, 1], [1, -1, 0, 0]])
 def test_saved_sums_that_are_none_are_refused(tmp_path, sums):
     path = tmp_path / "state.json"
     path.write_text(json.dumps({"g/1/score": {"learned": {"a": sums}}}))
@@ -539,6 +604,18 @@ def test_features_are_as_many_as_those_that_were_learned_from():
             server.infer(x=row(2))
         with pytest.raises(InvalidRequest, match="has learned from 3 features, these are 5"):
             server.feedback("stray", reward=1.0)
+
+
+def test_once_everything_is_forgotten_features_may_be_of_another_number():
+    def row(size):
+        return np.ones((1, size), np.float32)
+
+    with a_graph("linucb", {"a": line, "b": line}, {"x": ("FP32", [-1, -1])}, features="x").mock() as server:
+        server.infer(x=row(3), id="r")
+        server.feedback("r", reward=1.0)
+        server.adjust("score", {"resets": 1})
+        server.infer(x=row(5), id="s")
+        assert {"score": "taken"} == server.feedback("s", reward=1.0)
 
 
 def test_features_may_be_a_field_of_a_body():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 import threading
 import time
 from collections import Counter
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 
 from servinggraph import Context, Graph, routers, signature, steps
-from servinggraph.errors import GraphInvalid, InvalidRequest, LimitExceeded, StepFailed
+from servinggraph.context import current_context
+from servinggraph.errors import DeadlineExceeded, GraphInvalid, InvalidRequest, LimitExceeded, StepFailed
 from servinggraph.testing import FakeModel
 
 X = np.array([1.0, 2.0], np.float32)
@@ -146,6 +148,68 @@ def test_nobody_can_write_into_what_copies_share(run, manual_clock):
         async with graph.to(behind).respond().mock() as server:
             with pytest.raises(StepFailed, match="read-only"):
                 await server.infer(x=X)
+
+    run(check())
+
+
+def test_a_step_behind_may_change_the_mapping_that_it_gets_and_not_the_one_that_is_compared(run, manual_clock):
+    def behind(value):
+        value["more"] = value["y"] + 1
+        value["y"] = value["y"] * 5
+        return {"y": value["y"]}
+
+    async def check():
+        graph = Graph("g", {"x": ("FP32", [-1])}).to(routers.Champion({"old": same, "new": same}, "old"), "test")
+        async with graph.to(behind).respond().mock() as server:
+            assert [5.0, 10.0] == (await server.infer(x=X)).outputs["y"].tolist()
+            await counted(server, manual_clock, 1)
+            assert {} == report(server)["disagreements"]
+            assert 1.0 == report(server)["agreement"]["rate"]
+
+    run(check())
+
+
+def test_an_answer_in_a_clients_memory_is_compared_as_it_was_given(run, manual_clock):
+    memory = mmap.mmap(-1, 4096)
+    lent = np.frombuffer(memoryview(memory)[:8].toreadonly(), np.float32)
+    begun = asyncio.Event()
+
+    def champion(value):
+        return {"y": lent}
+
+    async def challenger(value):
+        begun.set()
+        await asyncio.sleep(0.1)
+        return {"y": np.zeros(2, np.float32)}
+
+    async def check():
+        async with a_graph(challenger, champion).mock() as server:
+            assert [0.0, 0.0] == (await server.infer(x=X)).outputs["y"].tolist()
+            await begun.wait()
+            memory[:8] = b"\1" * 8  # the client has its answer, and uses its memory for something else
+            await manual_clock.advance(0.2)
+            await counted(server, manual_clock, 1)
+            assert 1.0 == report(server)["agreement"]["rate"]
+
+    run(check())
+
+
+def test_what_a_copy_logs_is_said_to_be_of_its_own_request(run, manual_clock):
+    found = []
+
+    async def challenger(value, context: Context):
+        await asyncio.sleep(0.1)
+        current = current_context.get()
+        found.append((context.id, current is not None and (current.id, current.shadow)))
+        return {"y": value["x"]}
+
+    async def check():
+        async with a_graph(challenger, shadow={"concurrency": 1}).mock() as server:
+            for name in "abc":  # each copy but the first is begun at the end of another one
+                await server.infer(x=X, id=name)
+            await manual_clock.advance(1)
+            await counted(server, manual_clock, 3)
+            assert [("a", ("a", True)), ("b", ("b", True)), ("c", ("c", True))] == found
 
     run(check())
 
@@ -393,6 +457,26 @@ def test_a_request_that_the_champion_fails_is_not_copied(run, manual_clock):
             await manual_clock.settle()
             assert {} == seen(server)
             assert {"old": 1, "new": 0} == server.router("test").report()["failures"]
+
+    run(check())
+
+
+def test_an_answer_that_comes_too_late_is_the_champions_failure_and_a_caller_who_leaves_is_none(run, manual_clock):
+    async def slow(value):
+        await asyncio.sleep(10)
+
+    async def check():
+        async with a_graph(same, slow).mock() as server:
+            failures = lambda: server.router("test").report()["failures"]["old"]  # noqa: E731
+            asking = asyncio.ensure_future(server.infer(x=X, timeout_s=1))
+            await manual_clock.advance(2)
+            assert isinstance(asking.exception(), DeadlineExceeded)
+            assert 1 == failures()
+            asking = asyncio.ensure_future(server.infer(x=X, timeout_s=1))
+            await manual_clock.settle()
+            asking.cancel()
+            await asyncio.wait([asking])
+            assert 1 == failures()
 
     run(check())
 

@@ -472,6 +472,30 @@ def test_rules_that_order_what_members_gave(dtype: Any, combine: str, options: A
     np.testing.assert_allclose(y.astype("f8"), expected, rtol=0.01)
 
 
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ml_dtypes.bfloat16])
+@pytest.mark.parametrize(("combine", "options"), [("median", {}), ("max", {}), ("trimmed_mean", {"trim": 0.25})])
+def test_a_member_that_gives_no_number_is_not_left_out_as_the_largest(dtype: Any, combine: str, options: Any) -> None:
+    rows = [(1.0, 1.0), (2.0, 2.0), (3.0, 3.0), (np.nan, 4.0)]
+    members = {f"m{i}": gives(*numbers, dtype=dtype) for i, numbers in enumerate(rows)}
+    assert [True, False] == np.isnan(combined(members, combine, **options)).tolist()
+
+
+def test_what_members_give_has_to_be_arrays() -> None:
+    members = {"a": gives(1), "b": lambda value: {"y": [1.0]}}
+    with pytest.raises(StepFailed, match="members' outputs 'y' must be arrays: a gave a ndarray, b gave a list"):
+        combined(members)
+
+
+def test_weights_have_a_sum() -> None:
+    members = {"a": gives(1), "b": gives(3)}
+    assert "'weights' are too large to be added up" in refused(members, "weighted_mean", weights={"a": 1e308, "b": 1e308})
+    graph = graph_of(members, "weighted_mean", weights={"a": 1, "b": 1})
+    with graph.mock() as server:
+        with pytest.raises(InvalidRequest, match="the weights are too large to be added up"):
+            server.adjust("score", {"weights": {"a": 1e308, "b": 1e308}})
+        assert [2.0] == server.infer(X).outputs["y"].tolist()
+
+
 def test_labels_have_no_median() -> None:
     graph = Graph("g", {"x": ("FP32", [-1, 1])})
     graph.to(routers.Ensemble({"a": gives(1, dtype="i8"), "b": gives(2, dtype="i8")}, combine="median"), "n").respond()

@@ -25,6 +25,9 @@ MAX_FEATURES: Final = 128
 _LARGEST: Final = 1e6
 """Largest feature: beside its square, 1 still counts in a float."""
 
+_RESOLUTION: Final = 1e-13
+"""Smallest share of the largest sum of products that means anything; 1 beside the square of the largest feature does."""
+
 _REFRESH: Final = 1000
 """Rewards after which the inverse is made anew."""
 
@@ -98,7 +101,11 @@ class _LinearArm(Arm):
             self._refresh()
             return
         moved = self.inverse @ features
-        self.inverse -= np.outer(moved, moved) / (1 + features @ moved)
+        quadratic = features @ moved
+        if quadratic < 0:  # which it cannot be: rounding has got the better of the inverse
+            self._refresh()
+            return
+        self.inverse -= np.outer(moved, moved) / (1 + quadratic)
         self.theta = self.inverse @ self._weighted
 
     def sums(self) -> Array:
@@ -117,8 +124,20 @@ class _LinearArm(Arm):
 
     def _refresh(self) -> None:
         self._since = 0
-        self.inverse = np.linalg.inv(self._squared + self._ridge * np.eye(self._weighted.size))
+        self.inverse = _inverse(self._squared, self._ridge)
         self.theta = self.inverse @ self._weighted
+
+
+def _inverse(squared: Array, ridge: float) -> Array:
+    """Return (ridge * I + squared)^-1, symmetric and positive.
+
+    Large features that depend on each other leave nothing of the ridge in a float. In directions of
+    which floats then know nothing the value is what they can tell: less would make rounding large.
+    """
+    values, vectors = np.linalg.eigh(squared)
+    least = values[-1] * _RESOLUTION
+    half = vectors / np.sqrt(np.maximum(values + ridge, least))
+    return np.asarray(half @ half.T)
 
 
 def _size(sums: Array) -> int:

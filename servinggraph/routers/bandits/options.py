@@ -59,7 +59,7 @@ class BanditOptions(RouterOptions):
         None,
         description="Makes a reward of an answer and its truth: accuracy (share of equal elements), absolute_error or "
         "squared_error (mean, negative), or 'package.module:function' of (answer, truth). Answers are kept for it. A reward "
-        "beyond `reward_range` counts as the nearest one in it.",
+        "beyond `reward_range` counts as the nearest one in it, an answer that is no number as the lowest.",
     )
     failure_reward: float | None = Field(
         None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import isfinite
+from math import inf, isfinite, isnan
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +16,7 @@ from servinggraph.tensors import Array
 __all__ = ["SCORERS", "Scorer", "scorer"]
 
 Scorer = Callable[[Any, Any], float]
-"""Takes the answer and the truth, returns the reward.
+"""Takes the answer and the truth, returns the reward; minus infinity for an answer that is no number.
 
 Raises:
     InvalidRequest: the truth does not fit the answer.
@@ -79,8 +79,11 @@ def _built_in(name: str) -> Scorer:
             truth = {next(iter(answer)): truth}
         if not truth:
             raise InvalidRequest("the truth has no tensor")
-        rewards = [rule(*_fitted(name, tensor, answer, given)) for tensor, given in truth.items()]
-        return sum(rewards) / len(rewards)
+        pairs = [_fitted(name, tensor, answer, given) for tensor, given in truth.items()]
+        with np.errstate(over="ignore", invalid="ignore"):
+            reward = sum(rule(*pair) for pair in pairs) / len(pairs)
+        # The truth is finite, so it is the answer that is no number: nothing is farther off.
+        return -inf if isnan(reward) else reward
 
     return score
 
@@ -100,8 +103,13 @@ def _fitted(scorer: str, tensor: str, answer: Mapping[str, Any], truth: Any) -> 
         raise InvalidRequest(f"the truth of '{tensor}' is no numbers, and the answer has {given.dtype}")
     if given.size != wanted.size:
         raise InvalidRequest(f"the truth of '{tensor}' has {wanted.size} elements, the answer had {given.size}")
-    if scorer != "accuracy" and given.dtype.kind in "OU":
-        raise InvalidRequest(f"'{tensor}' is text, and scorer '{scorer}' compares numbers")
+    if not given.size:
+        raise InvalidRequest(f"the truth of '{tensor}' has no element, and so had the answer: there is nothing to compare")
+    if scorer != "accuracy":
+        if given.dtype.kind in "OU":
+            raise InvalidRequest(f"'{tensor}' is text, and scorer '{scorer}' compares numbers")
+        if not np.isfinite(wanted.astype(np.float64)).all():
+            raise InvalidRequest(f"the truth of '{tensor}' is not a finite number somewhere, and scorer '{scorer}' needs one")
     return given.reshape(-1), wanted.reshape(-1)
 
 

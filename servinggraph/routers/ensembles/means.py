@@ -46,10 +46,15 @@ def median(arrays: Sequence[Array], shares: Sequence[float], column: str) -> Arr
 
 
 def trimmed_mean(arrays: Sequence[Array], shares: Sequence[float], column: str, *, trim: float = 0.0) -> Array:
-    """Return the mean of each element without the share `trim` of its smallest and of its largest values, rounded down."""
-    ordered = np.sort(_stacked(arrays, column), axis=0)
+    """Return the mean of each element without the share `trim` of its smallest and of its largest values, rounded down.
+
+    Not-a-number where a member gave that, as a median is: left out as though it were the largest
+    value it would take a good one from the other end along.
+    """
+    ordered = np.sort(_stacked(arrays, column), axis=0)  # not-a-number is at its end
     cut = int(trim * len(arrays) + 1e-9)  # 0.2 of 5 is one, whatever floats say
-    return _narrowed(ordered[cut : len(arrays) - cut].mean(axis=0), arrays[0])
+    means = ordered[cut : len(arrays) - cut].mean(axis=0)
+    return _narrowed(np.where(np.isnan(ordered[-1]), ordered[-1], means), arrays[0])
 
 
 def maximum(arrays: Sequence[Array], shares: Sequence[float], column: str) -> Array:

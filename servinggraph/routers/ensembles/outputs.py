@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from servinggraph.errors import Problem, StepFailed
 from servinggraph.tensors import Array, Signature, TensorSpec, datatype_of
 
@@ -106,6 +108,9 @@ def alike(members: Members, column: str) -> list[Array]:
         StepFailed: they differ in shape or datatype.
     """
     arrays = [tensors[column] for tensors in members.values()]
+    if not all(isinstance(array, np.ndarray | np.generic) for array in arrays):
+        kinds = ", ".join(f"{name} gave a {type(tensors[column]).__name__}" for name, tensors in members.items())
+        raise StepFailed(f"members' outputs '{column}' must be arrays: {kinds}")
     if any(array.shape != arrays[0].shape for array in arrays):
         shapes = ", ".join(f"{name} {list(tensors[column].shape)}" for name, tensors in members.items())
         raise StepFailed(f"members' outputs '{column}' differ in shape: {shapes}")

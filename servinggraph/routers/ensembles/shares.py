@@ -48,4 +48,6 @@ def weight_problems(weights: Mapping[str, float], names: Sequence[str]) -> list[
         )
     if any(weight < 0 or not np.isfinite(weight) for weight in weights.values()) or not any(weights.values()):
         problems.append(Problem(f"'weights' must be 0 or more and not all 0, got {dict(weights)}", node="weights"))
+    elif not np.isfinite(sum(weights.values())):
+        problems.append(Problem(f"'weights' are too large to be added up: {dict(weights)}", node="weights"))
     return problems

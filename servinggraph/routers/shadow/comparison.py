@@ -129,6 +129,7 @@ class Comparison:
             atol = self._options.atol if rule is None or rule.atol is None else rule.atol
             if name not in champion or name not in challenger:
                 verdict.differs(f"'{name}' is missing")
+                rows.append(_no_row(champion.get(name)))
                 continue
             one, other = champion[name], challenger[name]
             if not isinstance(one, np.ndarray | np.generic) or not isinstance(other, np.ndarray | np.generic):
@@ -139,7 +140,7 @@ class Comparison:
             one, other = np.asarray(one), np.asarray(other)
             if one.shape != other.shape:
                 verdict.differs(f"shape of '{name}'")
-                rows.append(None)
+                rows.append(_no_row(one))
             elif by == "label" and _floating(one) and _floating(other):
                 rows.append(_by_label(one, other, name, verdict))
             else:
@@ -233,9 +234,16 @@ def _by_label(one: Array, other: Array, name: str, verdict: Verdict) -> Array | 
     if one.ndim == 0 or one.shape[-1] == 0:
         raise ValueError(f"'{name}' has shape {list(one.shape)}, and labels need scores in the last axis")
     agreeing = np.asarray(one.argmax(axis=-1) == other.argmax(axis=-1))
+    # What is no number has no label, and `argmax` takes it for the largest.
+    agreeing = np.asarray(agreeing & (np.isnan(one).any(axis=-1) == np.isnan(other).any(axis=-1)))
     if not agreeing.all():
         verdict.differs(f"label of '{name}'")
     return _of_rows(agreeing)
+
+
+def _no_row(champion: Any) -> Array | None:
+    """Return that no row of a champion's tensor agrees; None where it has no rows."""
+    return np.zeros(champion.shape[0], bool) if isinstance(champion, np.ndarray) and champion.ndim else None
 
 
 def _of_rows(agreeing: Array) -> Array | None:

@@ -27,7 +27,7 @@ def kept(value: Any) -> Any:
     """Return a value to keep beyond its request.
 
     By reference, but for tensors in a client's shared memory: the client may write there once it
-    has its answer, so those are copied.
+    has its answer, so those are copied. A mapping is one of its own: a step behind may change what it got.
     """
     if not isinstance(value, Mapping):
         return value

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import Field
 
 from servinggraph.concurrency import WorkerThreads, run_until
-from servinggraph.context import Context
+from servinggraph.context import Context, current_context
 from servinggraph.errors import Cancelled, DeadlineExceeded, ErrorCode, ServingGraphError, StepFailed
 from servinggraph.interfaces import Handler, Options
 from servinggraph.routers.shadow.comparison import Comparison, Verdict
@@ -228,6 +228,7 @@ class Lane:
 
     async def _run(self, copy: Copy) -> None:
         context = ShadowContext(copy, self._loop.time() + self._timeout_s)
+        current_context.set(context)  # this task was begun by whatever copy or request made room for it
         try:
             await self._answered(copy, context)
         except asyncio.CancelledError as error:
@@ -261,8 +262,10 @@ class Lane:
         try:
             verdict = await self._verdict(copy, answer, context)
         except asyncio.CancelledError:
-            copy.record.cannot_compare("the server stopped")
-        except Exception as error:
+            copy.record.cannot_compare("the server stopped" if self._closed else "the comparison was cancelled from inside")
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the copy is counted as answered: it must not be counted as failed as well
             copy.record.cannot_compare(f"{type(error).__name__}: {error}")
         else:
             copy.record.compares(verdict, copy.id, copy.value, copy.answer, answer)

@@ -65,6 +65,28 @@ def test_lost_rewards_make_learning_slower_and_no_worse(policy):
     assert half.mean() < 2 * whole.mean() + 4 * np.sqrt(half.var() / 20 + 4 * whole.var() / 20)
 
 
+@pytest.mark.parametrize(("ridge", "number"), [(1e-9, 2500), (1.0, 12_000)])
+def test_linucb_learns_from_large_features_that_depend_on_each_other(ridge, number):
+    policy = policy_of(BanditOptions(policy="linucb", features="x", ridge=ridge, reward_range="real"), [])
+    arm = policy.arm("a")
+    features = np.array([1e6, 1e6, 1.0])  # their products leave nothing of the ridge in a float
+    for _ in range(number):
+        arm.observe(3.0, features)
+    assert policy.choose([arm], features) is arm
+    assert arm.theta @ features == pytest.approx(3.0, rel=0.01 if ridge == 1 else 0.5)
+    restarted = policy.arm("a")
+    restarted.take(arm.sums())
+    assert restarted.theta @ features == pytest.approx(3.0, rel=0.01)
+    assert np.isfinite(arm.inverse).all()
+    assert features @ restarted.inverse @ features >= 0
+    rows = np.random.default_rng(1).normal(size=(50, 3))
+    other = policy.arm("b")
+    for row in rows:
+        other.observe(1.0, row)
+    other.take(other.sums())
+    np.testing.assert_allclose(other.inverse, np.linalg.inv(rows.T @ rows + ridge * np.eye(3)), rtol=1e-9)
+
+
 def test_linucb_chooses_as_the_algorithm_of_the_paper_at_every_step():
     chance = np.random.default_rng(6)
     size, arms, alpha = 4, 3, 0.7

@@ -131,6 +131,31 @@ def test_rows_are_counted_only_where_the_first_axis_is_known_to_be_the_batch():
     assert 0 == comparison(fixed)({"y": y}, {"y": other}).rows
 
 
+def test_rows_of_an_answer_that_cannot_be_held_against_the_champions_do_not_agree():
+    champion = {"y": np.ones((3, 2)), "z": np.ones((3, 1))}
+    branches = {"a": Signature(None, {"y": TensorSpec("FP64", (-1, 2)), "z": TensorSpec("FP64", (-1, 1))})}
+    for challenger in (
+        {"y": np.ones((3, 2))},
+        {"y": np.ones((2, 2)), "z": np.ones((3, 1))},
+        {"y": np.ones((3, 4)), "z": np.ones((3, 1))},
+    ):
+        verdict = comparison(branches)(champion, challenger)
+        assert (False, 3, 0) == (verdict.agrees, verdict.rows, verdict.agreeing_rows)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_what_is_no_number_has_no_label(dtype):
+    champion = np.array([[0.9, 0.1], [0.2, 0.8]]).astype(dtype)
+    spoilt = np.full((2, 2), nan).astype(dtype)
+    half = np.array([[0.9, 0.1], [0.2, nan]]).astype(dtype)
+    compare = comparison(IN_ROWS, by="label")
+    verdict = compare({"y": champion}, {"y": spoilt})
+    assert (False, 0) == (verdict.agrees, verdict.agreeing_rows)
+    verdict = compare({"y": champion}, {"y": half})
+    assert (False, 1) == (verdict.agrees, verdict.agreeing_rows)
+    assert compare({"y": spoilt}, {"y": spoilt}).agrees
+
+
 def test_documents_are_compared_with_the_tolerance_inside():
     compare = comparison(rtol=0.01)
     one = {"labels": ["cat", "dog"], "scores": [0.9, {"top": 0.5}], "n": 3, "x": np.array([1.0])}

@@ -117,9 +117,10 @@ def test_tensors_in_a_clients_shared_memory_are_copied_and_others_are_not():
         del lent
 
 
-def test_a_comparison_that_fails_or_takes_too_long_is_counted_and_harms_nobody(run, manual_clock):
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit, asyncio.CancelledError, KeyboardInterrupt])
+def test_a_comparison_that_fails_is_counted_and_harms_nobody(run, manual_clock, error):
     def fails(champion, challenger):
-        raise ZeroDivisionError("nothing to divide")
+        raise error("nothing to divide")
 
     def same(value):
         return {"y": value["x"]}
@@ -136,7 +137,12 @@ def test_a_comparison_that_fails_or_takes_too_long_is_counted_and_harms_nobody(r
                     break
                 await asyncio.to_thread(lambda: None)
             assert (1, 1, 0) == (found["answered"], found["not_compared"], found["agreement"]["of"])
-            assert "ZeroDivisionError: nothing to divide" == found["last_comparison_error"]
+            assert 0 == found["errors"]["failed"]
+            said = {
+                asyncio.CancelledError: "the comparison was cancelled from inside",
+                KeyboardInterrupt: "RuntimeError: a step raised KeyboardInterrupt",
+            }
+            assert said.get(error, f"{error.__name__}: nothing to divide") == found["last_comparison_error"]
 
     run(check())
 
