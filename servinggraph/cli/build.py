@@ -14,11 +14,15 @@ from servinggraph.cli.image.engines import ENGINES
 __all__ = ["build"]
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
+@click.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("-t", "--tag", metavar="NAME", help="Name of the image, such as fraud:3.")
 @click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the graph file while it is looked at."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key of the graph file while it is checked, here and in the image; the file goes in as it is.",
 )
 @click.option(
     "--include", multiple=True, metavar="GLOB", help="Further files, from the graph's folder; may be given more than once."
@@ -62,21 +66,23 @@ def build(
 
     if (tag is None) == (context_only is None):
         raise click.UsageError("name the image with -t NAME, or a folder with --context-only FOLDER")
+    if context_only is not None and more:
+        raise click.UsageError(f"{' '.join(more)!r} is for an engine, and with --context-only there is none")
     try:
-        collected = collect(path, read_graphs(path, overrides), include, requirements)
+        collected = collect(path, read_graphs(path, overrides), overrides, include, requirements)
         for warning in collected.warnings:
             click.echo(f"warning: {warning}", err=True)
         if context_only is not None:
-            write_context(collected, context_only, base or default_base())
+            write_context(collected, context_only, base or default_base(), overrides)
             click.echo(f"wrote {context_only}: {len(collected.files)} files, {len(collected.requirements)} requirements")
             return
         assert tag is not None
         found = find_engine(engine)
         with tempfile.TemporaryDirectory(prefix="servinggraph-build-") as folder:
-            write_context(collected, Path(folder), base or default_base())
+            write_context(collected, Path(folder), base or default_base(), overrides)
             click.echo(f"building {tag} with {found}: {len(collected.files)} files, {len(collected.requirements)} requirements")
             done = subprocess.run(build_command(found, Path(folder), tag, more), check=False)  # noqa: S603  (what the person at the terminal asked for)
         sys.exit(done.returncode)
-    except (GraphInvalid, CannotCollect, NoEngine, FileExistsError) as error:
+    except (GraphInvalid, CannotCollect, NoEngine, OSError) as error:
         click.echo(str(error), err=True)
         sys.exit(1)

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import yaml
 
-__all__ = ["Expansion", "KeyPath", "Reference", "begins_with_reference", "expand"]
+__all__ = ["Expansion", "KeyPath", "Reference", "begins_with_reference", "expand", "required_variables"]
 
 KeyPath = tuple[str | int, ...]
 
@@ -133,6 +133,14 @@ def expand(document: Any, environment: Mapping[str, str]) -> Expansion:
 
     expansion.document = follow(document, ())
     return expansion
+
+
+def required_variables(document: Any) -> list[str]:
+    """Return the names of the variables that a definition refers to without a default."""
+    if isinstance(document, str):
+        return [match["name"] for match in _REFERENCE.finditer(document) if match["name"] and match["default"] is None]
+    inside = document.values() if isinstance(document, dict) else document if isinstance(document, list) else ()
+    return [name for item in inside for name in required_variables(item)]
 
 
 def begins_with_reference(text: str) -> bool:

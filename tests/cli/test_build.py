@@ -184,6 +184,16 @@ def test_without_an_engine_it_says_what_there_could_be(project, tmp_path, monkey
     assert "--context-only" in done.output
 
 
+def test_an_engine_that_never_answers_is_none(project, tmp_path, monkeypatch):
+    monkeypatch.setattr("servinggraph.cli.image.engines.ANSWER_S", 0.05)
+    script = tmp_path / "docker"
+    script.write_text("#!/bin/sh\nexec /bin/sleep 60\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = run(project / "graph.yaml", "-t", "built:1")
+    assert (1, True) == (done.exit_code, "does not answer 'docker info'" in done.output), done.output
+
+
 def test_health_says_what_it_asked_and_why_it_failed():
     done = CliRunner().invoke(main, ["health", "http://127.0.0.1:1"])
     assert (1, True) == (done.exit_code, "http://127.0.0.1:1/v2/health/ready: " in done.output)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from servinggraph.cli.image.code import modules_below, pinned
+from servinggraph.cli.image.code import UnreadableCode, code_of, pinned
+from servinggraph.cli.image.requirements import BadRequirements, read_requirements
 from servinggraph.interfaces import Step
+from servinggraph.lifecycle.layout import CONFIG_FILE, Layout, chosen
 from servinggraph.plan import Plan
+from servinggraph.spec import read_file
+from servinggraph.spec.environment import required_variables
+from servinggraph.tensors import TensorSpec
 
 __all__ = ["CannotCollect", "Collected", "collect"]
 
-_GRAPH_FILES = (".yaml", ".yml", ".onnx")
-_NEVER = {"__pycache__", "node_modules", "venv", "env"}
-"""Folders that hold nothing of a graph, beside those whose names begin with a dot."""
+_IMPORT_STRING: Final = re.compile(r"([A-Za-z_][\w.]*):[A-Za-z_][\w.]*")
 
 
 class CannotCollect(Exception):
@@ -33,6 +38,8 @@ class Collected:
         files: every file, under `root`, in order.
         names: the graphs' names.
         requirements: lines of a requirements file for what the code imports beside servinggraph.
+        search: folders under `root` from which code is imported, beside those of graphs.
+        variables: environment variables without which the graphs cannot be compiled.
         warnings: what the person who builds should know.
     """
 
@@ -41,84 +48,165 @@ class Collected:
     files: list[Path]
     names: list[str]
     requirements: list[str]
+    search: list[Path]
+    variables: list[str]
     warnings: list[str] = field(default_factory=list)
 
 
-def collect(path: Path, plans: Sequence[Plan], include: Sequence[str] = (), requirements: Path | None = None) -> Collected:
+def collect(
+    path: Path,
+    plans: Sequence[Plan],
+    overrides: Sequence[str] = (),
+    include: Sequence[str] = (),
+    requirements: Path | None = None,
+) -> Collected:
     """Find what belongs to a graph file, a folder of graphs, or a bare model.
 
-    Taken are the graph's files, the Python files below its folder that it imports, what its steps name
-    (models and their external data), and what `include` adds. Of a folder of graphs every graph file and model is taken.
-    Nothing else is: no data, no keys.
+    Taken are the graphs' files, those of graphs in them included, the Python files that they import and
+    that no package has installed, what steps and outputs name (models and their external data, labels,
+    certificates to trust), and what `include` adds. Nothing else is: no data, no keys.
 
     Args:
         path: what would be served.
         plans: its graphs, compiled.
-        include: further files, as glob patterns from the graph's folder.
-        requirements: a requirements file to use as it is; by default `requirements.txt` in the graph's
-            folder, or else the versions that are installed here of what the code imports.
+        overrides: the `--set` texts with which they were.
+        include: further files, as glob patterns from the graph's folder; as in a shell, a wildcard passes
+            over names that begin with a dot.
+        requirements: a requirements file to use; by default `requirements.txt` in the graph's folder, or
+            else the versions that are installed here of what the code imports.
 
     Raises:
         CannotCollect: a file cannot have the same place in an image, or a pattern finds nothing.
     """
     path = path.resolve()
     folder = path if path.is_dir() else path.parent
-    files = {path} if path.is_file() else set()
+    graphs = [path] if path.is_file() else _served(folder, overrides)
+    nested, bases, modules = _looked_through(plans)
+    files = {*graphs, *nested, *(file for plan in plans for file in _named(plan))}
     if path.is_dir():
-        files.update(_beside(folder))
-    code = modules_below(folder)
-    files.update(code)
-    for plan in plans:
-        files.update(_named(plan))
+        configs = [place / CONFIG_FILE for graph in graphs for place in graph.parents[:2] if folder in place.parents]
+        files.update(file for file in configs if file.is_file())
     for pattern in include:
-        found = [match for match in folder.glob(pattern) if match.is_file()]
-        if not found:
-            raise CannotCollect(f"--include {pattern!r} finds no file in {folder}")
-        files.update(match.resolve() for match in found)
-    root = Path(os.path.commonpath([folder, *(file.parent for file in files)]))
+        files.update(_matching(folder, pattern))
+    warnings: list[str] = []
+    try:
+        code = code_of([folder, *bases], modules)
+        given = requirements or next((file for file in [folder / "requirements.txt"] if file.is_file()), None)
+        lines = read_requirements(given, warnings) if given else pinned(code.foreign, warnings)
+    except (UnreadableCode, BadRequirements) as error:
+        raise CannotCollect(str(error)) from error
+    checked = [read_file(file, overrides) for file in graphs if file.suffix != ".onnx"] + [read_file(file) for file in nested]
+    variables = sorted({name for source in checked for name in required_variables(source.document)})
+    warnings += _about_graphs(folder, graphs, variables)
+    files.update(code.files)
+    # A version's folder may be a link: what is found in it stays at the link's name.
+    links = {real: graph.parent for graph in graphs if (real := graph.parent.resolve()) != graph.parent}
+    for real, link in links.items():
+        files = {link / file.relative_to(real) if real in file.parents else file for file in files}
+    root = Path(os.path.commonpath([folder, *code.search, *(file.parent for file in files)]))
     if root == Path(root.anchor):
         far = next(file for file in sorted(files) if folder not in file.parents)
-        raise CannotCollect(f"{far} and {path} have no folder in common: bring the model nearer to the graph")
-    warnings: list[str] = []
-    given = requirements or next((file for file in [folder / "requirements.txt"] if file.is_file()), None)
-    lines = _read_requirements(given, warnings) if given else pinned(code, warnings)
-    ordered = sorted(file.relative_to(root) for file in files)
-    return Collected(root, path.relative_to(root), ordered, list(dict.fromkeys(plan.name for plan in plans)), lines, warnings)
+        raise CannotCollect(f"{far} and {path} have no folder in common: bring it nearer to the graph")
+    return Collected(
+        root=root,
+        path=path.relative_to(root),
+        files=sorted(file.relative_to(root) for file in files),
+        names=list(dict.fromkeys(plan.name for plan in plans)),
+        requirements=lines,
+        search=[place.relative_to(root) for place in code.search],
+        variables=variables,
+        warnings=warnings,
+    )
 
 
-def _beside(folder: Path) -> Iterator[Path]:
-    """Return graph files and models in a folder and those below it."""
-    for found in sorted(folder.iterdir()):
-        if found.name.startswith(".") or found.name in _NEVER or (found / "pyvenv.cfg").exists():
-            continue
-        if found.is_dir():
-            yield from _beside(found)
-        elif found.suffix in _GRAPH_FILES:
-            yield found.resolve()
+def _served(folder: Path, overrides: Sequence[str]) -> list[Path]:
+    """Return the graph files and models of a folder that are served: those that were compiled."""
+    return [found.file for entry in Layout(folder, overrides).scan().values() for found in chosen(entry)]
+
+
+def _about_graphs(folder: Path, graphs: Sequence[Path], variables: Sequence[str]) -> Iterator[str]:
+    """Say what of a graph an image will not have as one might expect."""
+    used = folder / "requirements.txt"
+    for file in dict.fromkeys(graph.parent / "requirements.txt" for graph in graphs):
+        if file != used and file.is_file():
+            yield f"{file} is not read: for a folder of graphs it is {used}"
+    if variables:
+        yield f"the server's environment must have {', '.join(variables)}, without a default: the graph is checked here only"
+
+
+def _looked_through(plans: Sequence[Plan]) -> tuple[list[Path], list[Path], list[tuple[str, Path]]]:
+    """Return the files of graphs in graphs, the folders that code is named from, and the modules that are."""
+    files: list[Path] = []
+    bases: list[Path] = []
+    modules: list[tuple[str, Path]] = []
+    for node in (node for plan in plans for node in plan.every_node()):
+        work = node.work
+        options: Any = work.options
+        bases.append(work.base)
+        if isinstance(work, Step) and work.graph_file is not None:
+            files.append(_absolute(work.graph_file))
+        kind = type(work).__module__  # another package's may be a step or router, too
+        named = [match[1] for text in _texts(options.model_dump()) if (match := _IMPORT_STRING.fullmatch(text))]
+        # `tensor:card` looks like one, too, but nothing of that name was imported.
+        modules += [(name, work.base) for name in [kind, *named] if name in sys.modules]
+    return files, bases, modules
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
 
 
 def _named(plan: Plan) -> Iterator[Path]:
-    """Return the files that the steps of a graph need."""
-    for node in plan.every_node():
-        if isinstance(node.work, Step):
-            for file in node.work.files():
-                if not _is_relative(node.work, file):
-                    raise CannotCollect(
-                        f"graph '{plan.name}' node '{node.name}' names {file} by an absolute path, which an image does not "
-                        "have: name it from the graph file's folder"
-                    )
-                yield file.resolve()
+    """Return the files that a graph's steps and outputs name."""
+    nodes = plan.every_node()
+    for node in nodes:
+        work = node.work
+        if isinstance(work, Step):
+            needed = [*work.files(), *([work.graph_file] if work.graph_file is not None else [])]
+            if needed and Path(str(getattr(work.options, "path", ""))).is_absolute():
+                raise _by_absolute_path(plan, needed[0], node.name)
+            yield from map(_absolute, needed)
+        yield from _labels(plan, node.outputs, work.base, node.name)
+    for inner in [plan, *(node.graph for node in nodes if node.graph is not None)]:
+        yield from _labels(plan, inner.outputs, inner.nodes[0].work.base)
 
 
-def _is_relative(step: Step[Any], file: Path) -> bool:
-    return not any(isinstance(value, str) and Path(value).is_absolute() for value in [getattr(step.options, "path", "")])
+def _labels(plan: Plan, outputs: Mapping[str, TensorSpec] | None, base: Path, node: str = "") -> Iterator[Path]:
+    for spec in (outputs or {}).values():
+        if spec.labels is None or not (file := _absolute(base / spec.labels.file)).is_file():
+            continue  # not there: a graph in this one has named it, from its own folder
+        if Path(spec.labels.file).is_absolute():
+            raise _by_absolute_path(plan, file, node)
+        yield file
 
 
-def _read_requirements(file: Path, warnings: list[str]) -> list[str]:
-    lines = file.read_text(encoding="utf-8").splitlines()
-    loose = [
-        line.strip() for line in lines if line.strip() and line.strip()[0] not in "#-" and "==" not in line and "@" not in line
-    ]
-    if loose:
-        warnings.append(f"{file.name} pins no version of {', '.join(loose)}: two builds may differ")
-    return lines
+def _by_absolute_path(plan: Plan, file: Path, node: str) -> CannotCollect:
+    where = f"graph '{plan.name}'" + (f" node '{node}'" if node else "")
+    return CannotCollect(
+        f"{where} names {file} by an absolute path, which an image does not have: name it from the graph file's folder"
+    )
+
+
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    """Return the files that a pattern finds; names that begin with a dot only where the pattern says the dot."""
+    if Path(pattern).is_absolute():
+        raise CannotCollect(f"--include {pattern!r} is absolute: patterns start from the graph's folder, {folder}")
+    hidden = any(part.startswith(".") and part != ".." for part in Path(pattern).parts)
+    found = [place for place in folder.glob(pattern) if hidden or not any(p[0] == "." for p in place.relative_to(folder).parts)]
+    files = [_absolute(place) for place in found if place.is_file() and "__pycache__" not in place.parts]
+    if not files:
+        hint = f"; for all in a folder write '{pattern.rstrip('/')}/**/*'" if any(place.is_dir() for place in found) else ""
+        raise CannotCollect(f"--include {pattern!r} finds no file in {folder}{hint}")
+    return files
+
+
+def _absolute(file: Path) -> Path:
+    """Return a path as it is named, links in it included: under that name the graph looks for it in the image, too."""
+    return Path(os.path.abspath(file))  # noqa: PTH100  (follows no links)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from pathlib import Path
 __all__ = ["ENGINES", "NoEngine", "build_command", "find_engine"]
 
 ENGINES = ("docker", "podman", "buildah")
+ANSWER_S = 60.0
+"""How long an engine may take to say that it is there."""
 
 
 class NoEngine(Exception):
@@ -30,9 +33,9 @@ def find_engine(wanted: str | None = None) -> str:
         if shutil.which(name) is None:
             continue
         # A docker without its daemon, or something else of that name, is found out here and not by a failed build.
-        done = subprocess.run([name, "info"], capture_output=True, check=False, timeout=60)  # noqa: S603  (one of ENGINES)
-        if done.returncode == 0:
-            return name
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if subprocess.run([name, "info"], capture_output=True, check=False, timeout=ANSWER_S).returncode == 0:  # noqa: S603  (one of ENGINES)
+                return name
         silent.append(name)
     there = f"{', '.join(silent)} is installed but does not answer '{silent[0]} info'" if silent else "none is installed"
     raise NoEngine(

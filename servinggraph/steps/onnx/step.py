@@ -195,7 +195,8 @@ class Onnx(Step[OnnxOptions]):
         return Operation(lambda value, context: execute(admit(value)), suspends=False)
 
     def files(self) -> Iterable[Path]:
-        return [self._path, *external_data(self._path)]
+        begins = [self.base / kept.initial for kept in self.options.state or () if kept.initial != "zeros"]
+        return [self._path, *external_data(self._path), *begins]
 
     def describe(self) -> str:
         mode = getattr(self, "_mode", None)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, urlsplit
 
@@ -147,6 +148,11 @@ class Rest(Step[RestOptions]):
         problems += [f"'take' does not say where output '{name}' is" for name in outputs if name not in take]
         if problems:
             raise GraphInvalid([Problem(text, node="take") for text in problems])
+
+    def files(self) -> Iterable[Path]:
+        # One named by an absolute path is the machine's.
+        ca = self.options.tls_ca
+        return [] if ca is None or Path(ca).is_absolute() else [self.base / ca]
 
     def operation(self) -> Operation:
         from servinggraph.steps.remote.http import HttpClient

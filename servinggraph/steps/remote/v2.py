@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from pydantic import Field, SecretStr, field_validator
@@ -157,6 +158,11 @@ class V2(Step[V2Options]):
     def admit(self, value: Any) -> Any:
         """Pick the tensors that are sent."""
         return self._chosen(value)
+
+    def files(self) -> Iterable[Path]:
+        # One named by an absolute path is the machine's.
+        ca = self.options.tls_ca
+        return [] if ca is None or Path(ca).is_absolute() else [self.base / ca]
 
     def operation(self) -> Operation:
         self._loop = asyncio.get_running_loop()

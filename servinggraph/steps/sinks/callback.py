@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable
+from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
 
@@ -114,6 +115,11 @@ class Callback(Step[CallbackOptions]):
 
     def load(self, batch: BatchPolicy | bool | None) -> BatchPolicy | None:
         return None
+
+    def files(self) -> Iterable[Path]:
+        # One named by an absolute path is the machine's.
+        ca = self.options.tls_ca
+        return [] if ca is None or Path(ca).is_absolute() else [self.base / ca]
 
     def operation(self) -> Operation:
         from servinggraph.steps.remote.http import HttpClient
