@@ -221,9 +221,12 @@ class RedisStore(StateStore):
             flat: Any = self._client.eval(_ADD, 2, *keys, *arguments)
         except self._failures as error:
             raise StateFailed(f"cannot add to state '{key}' in Redis: {error}") from error
-        found = {name.decode(): data for name, data in zip(flat[::2], flat[1::2], strict=True)}
-        era = int(found.pop("#era", learned.era))
-        return Learned(era, {name: np.frombuffer(data, "<f8") for name, data in found.items()})
+        try:
+            found = {name.decode(): data for name, data in zip(flat[::2], flat[1::2], strict=True)}
+            era = int(found.pop("#era", learned.era))
+            return Learned(era, {name: np.frombuffer(data, "<f8") for name, data in found.items()})
+        except ValueError as error:
+            raise StateFailed(f"the sums of state '{key}' in Redis are none: {error}; delete them to begin anew") from error
 
     def tell(self, key: str, messages: Sequence[bytes], seen: str) -> tuple[str, list[bytes]]:
         try:

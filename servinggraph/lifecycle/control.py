@@ -39,6 +39,7 @@ class RouterSeat:
         self._timer: asyncio.TimerHandle | None = None
         self._saving: asyncio.Task[None] | None = None
         self._sharing: Sharing | None = None
+        self._failing = self._stopping = False
 
     @property
     def key(self) -> str:
@@ -84,7 +85,7 @@ class RouterSeat:
                 self._recall(remembered)
             self._control.succeed(self)
             if store.adds_up and self.router.hand_out() is not None:
-                sharing = Sharing(self.router, store, self.key)
+                sharing = Sharing(self.router, store, self.key, self)
                 await sharing.start()
                 self._sharing = sharing
             self._store = store
@@ -126,6 +127,7 @@ class RouterSeat:
 
     async def stop(self) -> None:
         """Stop the router and save what it is to remember."""
+        self._stopping = True
         unsaved = self._sharing is None
         if self._timer is not None:
             self._timer.cancel()
@@ -139,9 +141,19 @@ class RouterSeat:
             if self._sharing is not None:
                 await self._sharing.stop()
             if self._store is not None:
-                if self._control.leave(self) and unsaved:
+                if self._control.leave(self) and (unsaved or self._failing):
                     await self._save()
                 self._store.close()
+
+    @property
+    def unsaved(self) -> bool:
+        """True while a change is on its way to the store."""
+        return self._failing or self._timer is not None or (self._saving is not None and not self._saving.done())
+
+    def save_again(self) -> None:
+        """Save what the store has lost."""
+        if not self.unsaved:
+            self._save_after(0)
 
     def document(self) -> dict[str, Any]:
         """Return what is saved."""
@@ -159,7 +171,16 @@ class RouterSeat:
         try:
             await asyncio.to_thread(self._store.save, self.key, self.document())
         except StateFailed as error:
-            logger.error("router '%s': %s", self.router.name, error)
+            if not self._failing or self._stopping:
+                end = "" if self._stopping else "; it is tried again until it can be"
+                logger.error("router '%s': %s%s", self.router.name, error, end)
+            self._failing = True
+            if not self._stopping:
+                self._save_after(SAVE_EVERY_S)
+        else:
+            if self._failing:
+                logger.warning("router '%s' is saved again", self.router.name)
+            self._failing = False
 
 
 class Control:

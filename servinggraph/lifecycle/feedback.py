@@ -74,8 +74,9 @@ def give_feedback(seats: Mapping[str, RouterSeat], record: Feedback, graph: str)
         if receipt is not Receipt.UNUSED:
             receipts[name] = receipt
     if not receipts:
-        raise InvalidRequest(f"graph '{graph}' has no router that could use this feedback")
+        text = f"graph '{graph}' has no router that could use this feedback: one that learns from '{record.metric:.100}'"
+        raise InvalidRequest(f"{text} with a branch '{record.variant:.100}'" if record.variant else text)
     if all(receipt is Receipt.UNKNOWN for receipt in receipts.values()):
         text = "was never answered here, or so long ago that its feedback is too late"
-        raise RequestNotFound(f"request '{record.id}' is not known to {', '.join(receipts)} of graph '{graph}': it {text}")
+        raise RequestNotFound(f"request '{record.id:.100}' is not known to {', '.join(receipts)} of graph '{graph}': it {text}")
     return receipts

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 from uuid import uuid4
 
 import numpy as np
@@ -35,6 +35,19 @@ SHARE_EVERY_S: Final = 1.0
 """How often workers exchange what they have learned."""
 
 
+class Saver(Protocol):
+    """What saves a router's settings."""
+
+    @property
+    def unsaved(self) -> bool:
+        """True while a change is on its way to the store."""
+        ...
+
+    def save_again(self) -> None:
+        """Save what the store has lost."""
+        ...
+
+
 class Sharing:
     """One router's exchange with other workers.
 
@@ -42,12 +55,16 @@ class Sharing:
         router: a router that hands out.
         store: where the sums are; it adds up.
         key: name of the router's state.
+        saver: saves the router's settings there.
     """
 
-    def __init__(self, router: Router[Any], store: StateStore, key: str) -> None:
+    def __init__(self, router: Router[Any], store: StateStore, key: str, saver: Saver) -> None:
         self._router = router
         self._store = store
         self._key = key
+        self._saver = saver
+        self._behind = False  # the store knows an earlier revision of the settings
+        self._told_of: Mapping[str, Any] = {}  # changes of two workers at once
         self._worker = uuid4().hex
         self._number = 0
         self._unsent: Learned | None = None
@@ -92,15 +109,15 @@ class Sharing:
             assert self._timer is not None
             self._timer.cancel()
         again = self._unsent is not None
-        await self._try()
-        if again:
+        if await self._try() and again:
             await self._try()  # the first one sent what had been handed out before
 
     async def exchange(self) -> None:
         """Hand out and take in once.
 
         Raises:
-            StateFailed: the store cannot be reached; what was handed out is sent again the next time.
+            StateFailed: the store cannot be reached, and what was handed out is sent again the next time; or what is there
+                cannot be taken up.
         """
         if self._unsent is None:
             self._unsent = self._router.hand_out()
@@ -113,9 +130,12 @@ class Sharing:
         self._bytes -= sum(map(len, passing_on))
         for message in told:
             self._take(message)
-        if saved is not None:
-            self._follow(saved)
-        self._router.take_in(everyone)
+        try:
+            self._follow(saved or {})
+            self._router.take_in(everyone)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # of something else, or it was changed by hand
+            text = f"state '{self._key}' is not what such a router shares ({type(error).__name__}: {error})"
+            raise StateFailed(f"{text}; delete it to begin anew") from error
 
     def _ask(
         self, learned: Learned, passing_on: Sequence[bytes]
@@ -134,14 +154,30 @@ class Sharing:
             logger.warning("router '%s' could not use feedback that came to another worker: %s", self._router.name, error)
 
     def _follow(self, saved: Mapping[str, Any]) -> None:
-        """Take up settings that were changed in another worker."""
+        """Take up settings that were changed in another worker, and save those that the store has lost."""
         router = self._router
         revision = int(saved.get("revision", 0))
-        if revision <= router.revision:
+        if revision < router.revision:
+            if self._behind:  # for the second time: it is not just that a change is on its way
+                self._saver.save_again()
+            self._behind = not self._behind
+            return
+        self._behind = False
+        at_once = revision == router.revision
+        if at_once and (not revision or self._saver.unsaved):
             return
         settings = router.settings()
+        changes = {name: saved[name] for name in settings if name in saved and saved[name] != settings[name]}
+        if changes.get("resets", settings.get("resets", 0)) < settings.get("resets", 0):
+            del changes["resets"]  # what one has forgotten all have
+        if at_once:
+            if not changes or changes == self._told_of:
+                return
+            self._told_of = changes
+            text = "router '%s' was changed in two workers at once: what the other one has saved holds, %s"
+            logger.warning(text, router.name, changes)
         try:
-            router.adjust({name: saved[name] for name in settings if name in saved and saved[name] != settings[name]})
+            router.adjust(changes)
         except InvalidRequest as error:
             logger.error("router '%s' cannot take up settings that were changed in another worker: %s", router.name, error)
         router.revision = revision
@@ -155,7 +191,8 @@ class Sharing:
         finally:
             self._timer = self._loop.call_later(SHARE_EVERY_S, self._tick)
 
-    async def _try(self) -> None:
+    async def _try(self) -> bool:
+        """Exchange, and return whether that worked."""
         try:
             await self.exchange()
         except (StateFailed, InvalidRequest) as error:
@@ -166,6 +203,7 @@ class Sharing:
             if self._failing:
                 logger.warning("router '%s' exchanges again what it learns", self._router.name)
             self._failing = False
+        return not self._failing
 
 
 def _plain(truth: Any) -> Any:

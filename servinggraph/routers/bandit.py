@@ -256,7 +256,7 @@ class Bandit(Router[BanditOptions]):
             self._answers.unknown += 1
             return Receipt.UNKNOWN
         if record.variant and record.variant != answered.variant:
-            raise InvalidRequest(f"request '{record.id}' was answered by '{answered.variant}', not by '{record.variant}'")
+            raise InvalidRequest(f"request '{record.id:.100}' was answered by '{answered.variant}', not by '{record.variant}'")
         if answered.learned:
             self._answers.duplicates += 1
             return Receipt.DUPLICATE

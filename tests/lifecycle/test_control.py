@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import numpy as np
@@ -16,6 +17,7 @@ from servinggraph.lifecycle.audit import AuditLog
 from servinggraph.lifecycle.catalog import Catalog
 from servinggraph.lifecycle.control import seat_of
 from servinggraph.lifecycle.feedback import give_feedback
+from servinggraph.state import FileStore, StateFailed
 
 X = np.array([1.0], np.float32)
 
@@ -97,6 +99,39 @@ def test_settings_survive_a_restart_where_the_file_says_so(run, tmp_path, reques
         assert ({"weights": {"a": 2, "b": 1}}, 1) == await served()
 
     run(check())
+
+
+def test_a_change_that_could_not_be_saved_is_saved_once_it_can_be(run, manual_clock, tmp_path, monkeypatch, caplog):
+    place = tmp_path / "state.json"
+
+    async def saves(seat):
+        await manual_clock.advance(1.1)
+        while seat.unsaved and (task := seat._saving) is not None and not task.done():
+            await asyncio.wait({task})
+
+    async def check():
+        control = Control()
+        catalog = Catalog(control)
+        await catalog.load([a_plan(state=str(place))])
+        seat = catalog.get("g").seats["test"]
+        with monkeypatch.context() as full:
+
+            def refuse(*arguments):
+                raise StateFailed("no space left")
+
+            full.setattr(FileStore, "save", refuse)
+            control.change(seat, {"weights": {"a": 2, "b": 1}})
+            for _ in range(3):
+                await saves(seat)
+            assert seat.unsaved
+        await saves(seat)
+        assert not seat.unsaved
+        assert {"a": 2, "b": 1} == json.loads(place.read_text())["g/1/test"]["weights"]
+        await catalog.stop()
+
+    run(check())
+    said = [text for text in caplog.messages if text.startswith("router 'test'")]
+    assert ["router 'test': no space left; it is tried again until it can be", "router 'test' is saved again"] == said
 
 
 def test_a_graph_that_is_reloaded_takes_up_the_settings_of_the_one_that_still_serves(run, tmp_path):

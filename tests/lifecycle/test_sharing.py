@@ -176,6 +176,104 @@ def test_settings_changed_in_one_worker_hold_in_all_and_forgetting_too(run, manu
     run(check())
 
 
+def test_settings_that_could_not_be_saved_are_saved_once_they_can_be(run, manual_clock, redis_url, name, monkeypatch, caplog):
+    async def check():
+        async with a_graph(redis_url, name).mock() as one, a_graph(redis_url, name).mock() as other:
+            with monkeypatch.context() as broken:
+
+                def unreachable(*arguments):
+                    raise StateFailed("nobody there")
+
+                broken.setattr(RedisStore, "save", unreachable)
+                await one.adjust("score", {"alpha": 0.5})
+                for _ in range(3):
+                    await exchanged(manual_clock)
+                assert 2.0 == other.router("score").settings()["alpha"]
+            await exchanged(manual_clock)
+            await exchanged(manual_clock)
+            assert 0.5 == other.router("score").settings()["alpha"]
+        async with a_graph(redis_url, name).mock() as later:
+            assert 0.5 == later.router("score").settings()["alpha"]
+
+    run(check())
+    texts = [record.message for record in caplog.records if "score" in record.message]
+    assert ["router 'score': nobody there; it is tried again until it can be", "router 'score' is saved again"] == texts
+
+
+def test_settings_that_the_store_has_lost_are_saved_again(run, manual_clock, redis_url, name):
+    async def check():
+        async with a_graph(redis_url, name).mock() as one, a_graph(redis_url, name).mock():
+            await one.adjust("score", {"alpha": 0.5})
+            await exchanged(manual_clock)
+            with redis.Redis.from_url(redis_url) as client:
+                assert 1 == client.delete(*client.keys(f"*state:{name}/*"))
+            for _ in range(3):
+                await exchanged(manual_clock)
+            async with a_graph(redis_url, name).mock() as later:
+                assert 0.5 == later.router("score").settings()["alpha"]
+
+    run(check())
+
+
+def test_of_settings_that_are_changed_in_two_workers_at_once_all_have_the_same_in_the_end(
+    run, manual_clock, redis_url, name, caplog
+):
+    async def check():
+        async with a_graph(redis_url, name).mock() as one, a_graph(redis_url, name).mock() as other:
+            await one.adjust("score", {"alpha": 0.5, "resets": 1})
+            await other.adjust("score", {"alpha": 0.6})
+            for _ in range(4):
+                await exchanged(manual_clock)
+            settings = [server.router("score").settings() for server in (one, other)]
+            assert settings[0] == settings[1]
+            assert settings[0]["alpha"] in (0.5, 0.6)
+            assert 1 == settings[0]["resets"]
+
+    run(check())
+    assert any("was changed in two workers at once" in text for text in caplog.messages)
+    assert not any("cannot take up" in text for text in caplog.messages)
+
+
+@pytest.mark.parametrize("sums", [b"12345678", b"x"])
+@pytest.mark.parametrize("policy", ["ucb1", "linucb"])
+def test_shared_state_that_is_none_is_said_and_harms_nobody(run, manual_clock, redis_url, name, caplog, sums, policy):
+    options = {"features": "x"} if policy == "linucb" else {}
+
+    async def check():
+        async with a_graph(redis_url, name, policy, **options).mock() as server:
+            with redis.Redis.from_url(redis_url) as client:
+                client.hset(f"servinggraph:sums:{{{name}/1/score}}", "a", sums)
+            await exchanged(manual_clock)
+            await server.infer(x=X, id="r")
+            assert {"score": "taken"} == await server.feedback("r", reward=1.0)
+            with redis.Redis.from_url(redis_url) as client:
+                client.delete(f"servinggraph:sums:{{{name}/1/score}}")
+            await exchanged(manual_clock)
+            assert 1 == sum(counts(server).values())
+
+    run(check())
+    assert 1 == sum("learns alone until it can exchange again: " in text for text in caplog.messages)
+
+
+def test_a_stop_asks_a_store_that_does_not_answer_once_and_no_more(run, manual_clock, redis_url, name, monkeypatch):
+    asked = []
+
+    async def check():
+        async with a_graph(redis_url, name).mock() as server:
+
+            def unreachable(*arguments):
+                asked.append(arguments)
+                raise StateFailed("nobody there")
+
+            monkeypatch.setattr(RedisStore, "load", unreachable)
+            await server.feedback(variant="a", reward=1.0)
+            await exchanged(manual_clock)
+            asked.clear()
+        assert 1 == len(asked)
+
+    run(check())
+
+
 def test_a_store_that_cannot_be_reached_is_said_at_the_load(tmp_path):
     with pytest.raises(StepFailed, match="node 'score': cannot read state"):
         a_graph(f"unix://{tmp_path}/nobody", "g").mock().__enter__()

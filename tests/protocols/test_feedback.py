@@ -136,7 +136,11 @@ async def test_a_truth_is_compared_with_the_answer(door, through):
         ({"reward": 1.0}, InvalidRequest, "needs the 'id' of the request, or the 'variant'"),
         ({"id": "r", "reward": "1"}, InvalidRequest, "'reward' is a finite number"),
         ({"id": 7, "reward": 1.0}, InvalidRequest, "'id' of feedback is text"),
-        ({"variant": "c", "reward": 1.0}, InvalidRequest, "no router that could use this feedback"),
+        (
+            {"variant": "c", "reward": 1.0},
+            InvalidRequest,
+            "that could use this feedback: one that learns from 'reward' with a branch 'c'",
+        ),
         ({"id": "r", "reward": 1.0, "node": "scor"}, GraphNotFound, "no router 'scor'; did you mean 'score'"),
         ({"id": "r", "reward": 1.0, "graph": "h"}, GraphNotFound, "'h' is not found"),
         ({"id": "r", "truth": {"z": X}}, InvalidRequest, "a tensor 'z', which the answer had not"),

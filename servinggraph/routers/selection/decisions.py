@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from hashlib import blake2b
+from typing import Final, Generic, TypeVar
 
 __all__ = ["Decisions"]
 
 T = TypeVar("T")
+
+_LONGEST: Final = 128
+"""Longer ids, which a caller makes as long as a request may be, are remembered by a hash."""
 
 
 class Decisions(Generic[T]):
@@ -33,7 +37,7 @@ class Decisions(Generic[T]):
         # In order of time: an id that comes again is moved to the end. An OrderedDict, since the first of a plain dict
         # is found by a walk over all that were removed before it. The set of uses is made by the first claim, since
         # most requests never get one.
-        self._noted: OrderedDict[str, tuple[float, T, set[str] | None]] = OrderedDict()
+        self._noted: OrderedDict[str | bytes, tuple[float, T, set[str] | None]] = OrderedDict()
         self.duplicates = 0
         self.unknown = 0
 
@@ -50,9 +54,9 @@ class Decisions(Generic[T]):
         """
         if not id:
             return
-        noted = self._noted
-        noted[id] = (now, decision, None)
-        noted.move_to_end(id)
+        key, noted = _key(id), self._noted
+        noted[key] = (now, decision, None)
+        noted.move_to_end(key)
         if len(noted) > self._size:
             self._drop_first()
 
@@ -68,13 +72,14 @@ class Decisions(Generic[T]):
             The decision; None where it is unknown or was claimed before, which is counted.
         """
         self.forget(now)
-        found = self._noted.get(id)
+        key = _key(id)
+        found = self._noted.get(key)
         if found is None:
             self.unknown += 1
             return None
         time, decision, uses = found
         if uses is None:
-            self._noted[id] = (time, decision, {use})
+            self._noted[key] = (time, decision, {use})
             return decision
         if use in uses:
             self.duplicates += 1
@@ -85,7 +90,7 @@ class Decisions(Generic[T]):
     def find(self, id: str, now: float) -> T | None:
         """Return the decision for an id and claim nothing; None where it is unknown."""
         self.forget(now)
-        found = self._noted.get(id)
+        found = self._noted.get(_key(id))
         return None if found is None else found[1]
 
     def forget(self, now: float) -> None:
@@ -100,3 +105,8 @@ class Decisions(Generic[T]):
         _, (_, decision, _) = self._noted.popitem(last=False)
         if self._forgotten is not None:
             self._forgotten(decision)
+
+
+def _key(id: str) -> str | bytes:
+    """Return what an id is remembered by; a hash is of another type, so that no id is one."""
+    return id if len(id) <= _LONGEST else blake2b(id.encode("utf-8", "surrogateescape"), digest_size=32).digest()

@@ -66,7 +66,8 @@ class Weights:
 def weights_problem(weights: Any, names: Mapping[str, Any]) -> str | None:
     """Say why a mapping cannot be the weights of these names; None when it can. Names that are missing have weight 0."""
     if not isinstance(weights, Mapping) or not weights:
-        return f"weights are a mapping of branch to number, got {type(weights).__name__}"
+        got = "an empty one" if isinstance(weights, Mapping) else type(weights).__name__
+        return f"weights are a mapping of branch to number, got {got}"
     for name, weight in weights.items():
         if name not in names:
             return f"weights name '{name}', which is no branch{nearest(str(name), list(names))}"

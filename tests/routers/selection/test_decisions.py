@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 from hypothesis import given, strategies as st
 
 from servinggraph.routers.selection import Decisions
@@ -37,6 +39,21 @@ def test_an_id_that_comes_again_is_decided_anew_and_is_young_again() -> None:
     assert decisions.find("2", 3) is None
     assert "c" == decisions.claim("1", "reward", 12)
     assert 0 == decisions.duplicates
+
+
+def test_an_id_of_any_length_takes_little_memory() -> None:
+    decisions: Decisions[str] = Decisions()
+    tracemalloc.start()
+    try:
+        for number in range(20):
+            decisions.note(f"{'x' * 1_000_000}{number}", str(number), 0)
+        assert 100_000 > tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    for number in range(20):
+        assert str(number) == decisions.find(f"{'x' * 1_000_000}{number}", 0)
+        assert str(number) == decisions.claim(f"{'x' * 1_000_000}{number}", "reward", 0)
+    assert decisions.find("x" * 1_000_000, 0) is None
 
 
 @given(
