@@ -58,7 +58,7 @@ async def run_until(
     def expire() -> None:
         nonlocal expired
         expired = True
-        task.cancel()
+        task.cancel()  # noqa: F821  # it is deleted when the timer cannot come any more
 
     timer = loop.call_at(deadline, expire)
     try:
@@ -72,6 +72,7 @@ async def run_until(
         timer.cancel()
         if expired:
             task.uncancel()
+        del task  # where it ends cancelled, it holds this frame by the traceback of that
 
 
 def started(awaitables: Sequence[Awaitable[Any]]) -> list[asyncio.Future[Any]]:

@@ -5,16 +5,52 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib.util
+import os
+import random
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+# At once: pytest parses it, and CPython 3.11 may not when a collection comes in between, deep in a test's stack.
+import hypothesis.internal.conjecture.optimiser  # noqa: F401
 import pytest
+from hypothesis import HealthCheck, settings
+from redis import Redis
 
 from servinggraph.testing import ManualClock
+
+# The normal run tries the same examples each time, however slow the machine is. What others find is a matter of runs of
+# their own: SERVINGGRAPH_PROPERTIES=deep tries many, each time others.
+_CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
+settings.register_profile(
+    "ci", max_examples=300, derandomize=True, deadline=None, database=None, suppress_health_check=_CHECKS, print_blob=True
+)
+settings.register_profile(
+    "deep",
+    max_examples=int(os.environ.get("SERVINGGRAPH_EXAMPLES", "20000")),
+    deadline=None,
+    database=None,
+    suppress_health_check=_CHECKS,
+    print_blob=True,
+)
+settings.load_profile(os.environ.get("SERVINGGRAPH_PROPERTIES", "ci"))
+
+
+def pytest_collection_finish() -> None:
+    """Keep what stays until the end out of collections: `run` has one in each test, and the longer they take the rarer they are."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _the_same_chances() -> None:
+    """Whatever is left to chance falls out alike in each run."""
+    random.seed(1)
 
 
 @pytest.fixture
@@ -37,17 +73,34 @@ def run(manual_clock: ManualClock) -> Callable[[Coroutine[Any, Any, None]], None
     return start
 
 
+def _free_port() -> int:
+    chance = random.SystemRandom()
+    while True:
+        with socket.socket() as found, suppress(OSError):
+            found.bind(("127.0.0.1", chance.randrange(12_000, 32_000)))
+            return int(found.getsockname()[1])
+
+
 @pytest.fixture(scope="session")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Return the address of a real Redis that ends with the tests."""
+def free_port() -> Callable[[], int]:
+    """Return what finds a port for a server that takes a while to listen.
+
+    It is none of those that the system gives to connections meanwhile, as it gave the ones that are bound as 0.
+    """
+    return _free_port
+
+
+@pytest.fixture(scope="session")
+def redis_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Return the address of a real Redis that ends with the tests; a test asks for `redis_url`."""
     folder = tmp_path_factory.mktemp("redis")
-    socket = folder / "redis.sock"
+    path = folder / "redis.sock"
     command = [
         "redis-server",
         "--port",
         "0",
         "--unixsocket",
-        str(socket),
+        str(path),
         "--dir",
         str(folder),
         "--save",
@@ -57,15 +110,23 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
-        end = time.monotonic() + 10
-        while not socket.exists():
+        end = time.monotonic() + 30
+        while not path.exists():
             assert process.poll() is None
             assert time.monotonic() < end, "redis-server did not start"
             time.sleep(0.01)
-        yield f"unix://{socket}"
+        yield f"unix://{path}"
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(30)
+
+
+@pytest.fixture
+def redis_url(redis_process: str) -> str:
+    """Return the address of a real Redis that is empty."""
+    with Redis.from_url(redis_process) as client:
+        client.flushall()
+    return redis_process
 
 
 def _cluster(folder: Path, size: int) -> Any:

@@ -205,12 +205,12 @@ def test_after_stop_queued_calls_run_and_new_ones_are_refused() -> None:
 
     def block(value: Any, context: Any) -> Any:
         begun.set()
-        assert release.wait(10)
+        assert release.wait(30)
         return value
 
     async def check() -> None:
         running = [threads.call(block, number, Context()) for number in range(3)]
-        assert begun.wait(10)
+        assert begun.wait(30)
         threads.stop()
         context = Context()
         with pytest.raises(Unavailable):
@@ -250,17 +250,17 @@ def test_a_thread_that_ends_after_its_event_loop_harms_nobody() -> None:
 
     def block(value: Any, context: Any) -> None:
         begun.set()
-        assert release.wait(10)
+        assert release.wait(30)
         ended.set()
 
     async def check() -> None:
         waiting = threads.call(block, None, Context())
-        assert begun.wait(10)
+        assert begun.wait(30)
         waiting.cancel()
 
     asyncio.run(check())
     release.set()
-    assert ended.wait(10)
+    assert ended.wait(30)
     threads.stop()
 
 

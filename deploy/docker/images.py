@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ENVIRONMENT = os.environ | {"STORAGE_DRIVER": "vfs", "BUILDAH_ISOLATION": "chroot"}
-START_S = 60.0
+START_S = 120.0
 CHROOT = shutil.which("chroot") or "/usr/sbin/chroot"
 """By its whole path: the image's environment has a PATH of its own."""
 
@@ -119,6 +120,8 @@ class Running:
 
 
 def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    """Return a port that nobody has, and that the system gives to no connection before the server listens."""
+    while True:
+        with socket.socket() as found, suppress(OSError):
+            found.bind(("127.0.0.1", random.randrange(12_000, 32_000)))
+            return found.getsockname()[1]

@@ -142,9 +142,12 @@ def _awaiting(steps: Counted, clock: Callable[[], float], names: Collection[str]
             if trace is not None:
                 trace_failure(trace, name, began, error)
             failure = _failure_of(error, name)
-            if failure is error:
-                raise
-            raise failure from error
+            try:
+                if failure is error:
+                    raise
+                raise failure from error
+            finally:
+                del failure  # by its traceback it holds this frame, and with it the tensors
         return value
 
     return run

@@ -34,9 +34,6 @@ _LOOK_EVERY_S: Final = 1.0
 _KEEP_EVERY_S: Final = 10.0
 """How often the time that was held, and the evidence, are saved where nothing else changes: what a crash may lose."""
 
-_SAME_CLOCK_S: Final = 5.0
-"""Clocks that are this near to each other are one."""
-
 _Begun = tuple[Outcomes, Context, float]
 """Where a request's outcome goes, its context, and when it began by the stopwatch."""
 
@@ -120,12 +117,12 @@ class Canary(Observer[CanaryOptions]):
         self._noted: Decisions[Outcomes] | None = Decisions() if self._metrics else None
         self._decisions = {options.baseline: 0, options.challenger: 0}
         self._parameter = f"{self.name}.variant"
-        self._begin_on(monotonic)
+        self._begin_on(monotonic, perf_counter)
         return signature
 
     async def start(self, host: RouterHost) -> None:
         await super().start(host)
-        self._begin_on(host.now)
+        self._begin_on(host.now, _stopwatch(asyncio.get_running_loop()))
         shortest = min([_LOOK_EVERY_S, *(stage.hold_s / 4 for stage in self._plan.stages)])
         self._look_every_s = max(shortest, 0.005)
         self._look_again()
@@ -303,12 +300,10 @@ class Canary(Observer[CanaryOptions]):
         nowhere = Phase(0.0, self._metrics, NO_LIFE)
         self._uncounted = {plan.baseline: nowhere.baseline, plan.challenger: nowhere.challenger}
 
-    def _begin_on(self, now: Callable[[], float]) -> None:
+    def _begin_on(self, now: Callable[[], float], stopwatch: Callable[[], float]) -> None:
         """Begin the rollout on a clock: before `start` the machine's, so that a router without a host routes, too."""
         self._now = now
-        # The loop's clock may tick in milliseconds, and stands still while a step runs inline: it does not measure
-        # durations, unless it is a test's own.
-        self._stopwatch = perf_counter if abs(now() - monotonic()) < _SAME_CLOCK_S else now
+        self._stopwatch = stopwatch
         self._kept = now()
         self._timer: asyncio.TimerHandle | None = None
         self._trial = Trial(self._plan, now())
@@ -351,6 +346,15 @@ class Canary(Observer[CanaryOptions]):
         if move.after == ROLLED_BACK:
             logger.warning("router '%s' rolled back '%s': %s", self.name, self._plan.challenger, move.why)
         self.host.changed("canary", move.why, {n: before[n] for n in changed}, {n: after[n] for n in changed})
+
+
+def _stopwatch(loop: asyncio.AbstractEventLoop) -> Callable[[], float]:
+    """Return what measures durations: a loop's clock may tick in milliseconds, and stands still while a step runs inline.
+
+    Where somebody has given the loop a clock of their own, as a test does, it is that one: on theirs alone time passes.
+    """
+    theirs = isinstance(loop, asyncio.BaseEventLoop) and type(loop).time is not asyncio.BaseEventLoop.time
+    return loop.time if theirs else perf_counter
 
 
 def _part(share: float) -> float:

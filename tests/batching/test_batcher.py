@@ -897,7 +897,7 @@ def test_slots_are_held_while_a_thread_of_a_cancelled_batch_still_runs(run: Run,
 
     def block(value: Any, context: Context) -> Any:
         begun.set()
-        assert release.wait(10)
+        assert release.wait(30)
         return doubled(value, context)
 
     async def whole_graph(value: Any, context: Context) -> Any:
@@ -910,7 +910,7 @@ def test_slots_are_held_while_a_thread_of_a_cancelled_batch_still_runs(run: Run,
         freed: list[int] = []
         waiting = [batcher.submit(value_of(1), context) for context in contexts]
         await manual_clock.settle()
-        assert begun.wait(10)
+        assert begun.wait(30)
         for number, (future, context) in enumerate(zip(waiting, contexts, strict=True)):
             future.cancel()
             context.when_idle(lambda number=number: freed.append(number))

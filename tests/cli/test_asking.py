@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -217,9 +218,10 @@ def test_a_load_that_fails_says_with_what(urls: dict[str, str]) -> None:
 
 
 def test_top_shows_each_node_and_the_rates_between_two_looks(urls: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "servinggraph", "bench", urls["http"], "double", "-d", "3", "--warmup", "0", "-c", "2"]
+    command = [sys.executable, "-m", "servinggraph", "bench", urls["http"], "double", "-d", "50", "--warmup", "0", "-c", "2"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as load:
-        for _ in range(20):
+        end = time.monotonic() + 40
+        while time.monotonic() < end:
             done = run("top", urls["http"], "--once", "-n", 0.3, "--graph", "double")
             assert 0 == done.exit_code, done.output
             rate = re.search(r"^\s*twice\s+([\d.,]+)", done.output, re.MULTILINE)

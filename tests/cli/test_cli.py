@@ -301,7 +301,7 @@ def test_a_signal_while_a_graph_loads_ends_it_at_once(folder):
     try:
         assert "loading\n" == process.stderr.readline()
         process.send_signal(signal.SIGTERM)
-        assert 0 == process.wait(10)
+        assert 0 == process.wait(30)
     finally:
         process.kill()
         process.communicate()
@@ -312,7 +312,7 @@ def test_connections_are_bounded(folder):
         port = int(re.search(r"HTTP on http://127.0.0.1:(\d+)", served.banner)[1])
         address = ("127.0.0.1", port)
         with socket.create_connection(address), socket.create_connection(address), socket.create_connection(address) as third:
-            third.settimeout(10)
+            third.settimeout(30)
             answer = third.recv(4096).decode()
         assert answer.startswith("HTTP/1.1 503 Service Unavailable")
         assert "(limit 'max_connections')" in answer

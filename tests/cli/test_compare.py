@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import socket
+import re
 import subprocess
 import sys
 import time
@@ -46,21 +46,20 @@ def address(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
     (folder / "graph.yaml").write_text(GRAPH)
     (folder / "compare_test_steps.py").write_text(STEPS)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "servinggraph", "serve", "graph.yaml", "--http-port", str(port), "--grpc-port", "off"]
+    command = [sys.executable, "-m", "servinggraph", "serve", "graph.yaml", "--http-port", "0", "--grpc-port", "off"]
     process = subprocess.Popen([*command, "--admin-token", "secret"], cwd=folder, stdout=subprocess.PIPE, text=True)
     try:
-        assert any("curl" in line for line in process.stdout)
-        url = f"http://127.0.0.1:{port}"
+        banner = []
+        assert any(banner.append(line) or "curl" in line for line in process.stdout)
+        url = re.search(r"http://[\d.]+:\d+", "".join(banner))[0]
         for number in range(10):
             inputs = [{"name": "x", "datatype": "FP32", "shape": [2], "data": [1.0, number / 10]}]
             body = json.dumps({"id": f"r{number}", "inputs": inputs}).encode()
-            urlopen(Request(f"{url}/v2/models/test/infer", body, {"content-type": "application/json"}), timeout=10).close()
-        end = time.monotonic() + 20
+            urlopen(Request(f"{url}/v2/models/test/infer", body, {"content-type": "application/json"}), timeout=30).close()
+        end = time.monotonic() + 40
         while not all(copies_ended(url)):
             assert time.monotonic() < end
+            time.sleep(0.05)
         yield url
     finally:
         process.terminate()
@@ -126,7 +125,7 @@ def test_promotion_names_who_and_why(address):
     done = run(address, "test", "score", "--promote", "new", "--who", "ann", "--why", "as good, and smaller")
     assert (0, True) == (done.exit_code, done.output.endswith("champion is new now\n"))
     audit = Request(f"{address}/admin/audit", headers={"authorization": "Bearer secret"})
-    with urlopen(audit, timeout=10) as response:
+    with urlopen(audit, timeout=30) as response:
         (change,) = json.load(response)
     assert ("ann", "as good, and smaller", "new") == (change["who"], change["why"], change["after"]["champion"])
     done = run(address, "test", "score", "--promote", "nwe")

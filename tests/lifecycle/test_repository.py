@@ -278,7 +278,7 @@ def test_a_load_goes_on_when_its_caller_leaves(folder, opened):
 
 
 def test_a_stop_ends_a_load_that_is_under_way(folder, opened):
-    folder.write("a", "import time\ntime.sleep(0.05)\ndef work(value): return value\n")
+    folder.write("a", "import time\ntime.sleep(0.5)\ndef work(value): return value\n")
 
     async def check():
         async with opened() as running:
@@ -399,7 +399,7 @@ def test_polling_looks_by_itself(folder, opened):
     async def check():
         async with opened("poll", poll_s=0.01) as running:
             folder.write("a", 2)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while (await running.ask("a"))[1] != 2.0:
                     await asyncio.sleep(0.005)
 
@@ -581,7 +581,7 @@ def test_a_version_that_is_loaded_anew_begins_without_sequences(folder, opened):
             with pytest.raises(InvalidRequest, match="must specify the START flag"):
                 await running.ask("a", context=in_sequence(7))
             assert ("1", 1.0) == await running.ask("a", context=in_sequence(7, start=True))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while len(old):  # what was kept goes with the old one, once it is drained
                     await asyncio.sleep(0.001)
 

@@ -345,7 +345,7 @@ def test_a_late_thread_keeps_the_turn_until_it_has_ended(run, manual_clock):
         x = float(value["x"][0])
         if x == 2:
             begun.set()
-            go.wait(10)
+            go.wait(30)
         order.append(x)
         return total(value, state)
 

@@ -295,8 +295,10 @@ with graph.mock() as server:
         reply = server.infer(x=np.ones(1, "f4"), id=str(number))
         server.feedback(str(number), reward=1.0 if reply.parameters["score.variant"] == "a" else 0.25)
     if how == "killed":
-        import time
-        time.sleep(1.5)  # longer than an interval: all of it was handed out
+        known = 0
+        while known < 3 * count:  # all of it was handed out, and what the others have
+            with graph.mock() as look:
+                known = sum(r["count"] for r in look.router("score").report()["rewards"].values())
         server.feedback(variant="a", reward=1.0)
         os._exit(9)
 """
@@ -307,12 +309,13 @@ def test_processes_learn_together_and_one_that_is_killed_loses_an_interval_at_mo
     program.write_text(PROGRAM)
     command = [sys.executable, str(program), name, redis_url]
     running = [subprocess.Popen([*command, "200", how]) for how in ("stopped", "stopped", "killed")]
-    assert [0, 0, 9] == [process.wait(60) for process in running]
+    assert [0, 0, 9] == [process.wait(50) for process in running]
 
     with a_graph(redis_url, name).mock() as server:
         report = server.router("score").report()
     rewards = report["rewards"]
-    assert 600 == sum(r["requests"] for r in rewards.values()) == rewards["a"]["count"] + rewards["b"]["count"]
+    assert 600 == sum(r["requests"] for r in rewards.values())
+    assert 600 <= sum(r["count"] for r in rewards.values()) <= 601  # the last one, in the interval in which it was killed
     assert (1.0, 0.25) == (rewards["a"]["mean"], rewards["b"]["mean"])
     assert report["shares"]["a"] > 0.8
 

@@ -193,12 +193,12 @@ def test_spans_arrive_at_a_collector(monkeypatch):
         collector.shutdown()
         collector.server_close()
         thread.join()
-    (path, body), *_ = received
-    assert "/v1/traces" == path
-    (resource,) = ExportTraceServiceRequest.FromString(body).resource_spans
-    attributes = {pair.key: pair.value.string_value for pair in resource.resource.attributes}
-    assert ("servinggraph", "test") == (attributes["service.name"], attributes["deployment.environment"])
-    names = {span.name for scope in resource.scope_spans for span in scope.spans}
+    assert {"/v1/traces"} == {path for path, _ in received}
+    resources = [each for _, body in received for each in ExportTraceServiceRequest.FromString(body).resource_spans]
+    for resource in resources:
+        attributes = {pair.key: pair.value.string_value for pair in resource.resource.attributes}
+        assert ("servinggraph", "test") == (attributes["service.name"], attributes["deployment.environment"])
+    names = {span.name for resource in resources for scope in resource.scope_spans for span in scope.spans}
     assert {"infer g", "both.one", "batch batched"} <= names
 
 

@@ -14,8 +14,9 @@ from servinggraph import Context, Graph
 from servinggraph.errors import ServingGraphError
 from servinggraph.metrics.exposition import write
 
-HANGING, MIXED, CROWD = 6, 160, 40
+HANGING, MIXED, CROWD = 6, 56, 40
 MAX_IN_FLIGHT = 16
+LATE_MS = 150  # a deadline that passes before the node is reached, on a busy machine, is none of the node's
 KINDS = ("ok", "ok", "bad", "fails", "late", "unknown", "ok")
 
 
@@ -25,7 +26,7 @@ async def work(value, context: Context):
         raise RuntimeError("broken")
     if kind in ("late", "hangs"):
         await asyncio.Event().wait()
-    await asyncio.sleep(0.1 if kind == "slow" else 0)
+    await asyncio.sleep(0.3 if kind == "slow" else 0)
     return {"y": value["x"] * 2}
 
 
@@ -117,7 +118,7 @@ class MockLoad(Load):
             return await self.send("ok")
         inputs = {"z": [1]} if kind == "bad" else {"x": np.ones(1, np.float32)}
         try:
-            await self.server.infer(inputs, parameters={"kind": kind}, timeout_s=0.01 if kind == "late" else None)
+            await self.server.infer(inputs, parameters={"kind": kind}, timeout_s=LATE_MS / 1e3 if kind == "late" else None)
         except ServingGraphError as error:
             return error.code.value
         return "ok"
@@ -142,7 +143,7 @@ class HttpLoad(Load):
         tensor = {"name": "z" if kind == "bad" else "x", "datatype": "FP32", "shape": [1], "data": [1]}
         body = json.dumps({"inputs": [tensor], "parameters": {"kind": kind}}).encode()
         path = f"/v2/models/{'nobody' if kind == 'unknown' else 'load'}/infer"
-        limit = "X-Request-Timeout-Ms: 10\r\n" if kind == "late" else ""
+        limit = f"X-Request-Timeout-Ms: {LATE_MS}\r\n" if kind == "late" else ""
         head = f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{limit}Content-Length: {len(body)}\r\n\r\n"
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         try:
@@ -177,7 +178,7 @@ class GrpcLoad(Load):
         message.raw_input_contents.append(np.ones(1, np.float32).tobytes())
         message.parameters["kind"].string_param = kind
         if kind == "late":  # a gRPC deadline would end the call on the client's side at once
-            message.parameters["timeout"].int64_param = 10_000
+            message.parameters["timeout"].int64_param = LATE_MS * 1000
         try:
             await self.call(message)
         except grpc.aio.AioRpcError as error:

@@ -6,7 +6,6 @@ import asyncio
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -50,16 +49,9 @@ def a_graph(folder: Path, text: str) -> Path:
     return folder
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 @contextmanager
-def serving(words: list[str], folder: Path) -> Iterator[dict[str, str]]:
+def serving(words: list[str], folder: Path, http: int, grpc: int) -> Iterator[dict[str, str]]:
     """Run a server until the end of the block, and give its addresses by scheme once it is ready."""
-    http, grpc = free_port(), free_port()
     # The last of several equal options counts.
     command = [*COMMAND, *words, "--http-port", str(http), "--grpc-port", str(grpc)]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
@@ -79,12 +71,12 @@ def serving(words: list[str], folder: Path) -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def addresses(tmp_path_factory: pytest.TempPathFactory, free_port: Any) -> Iterator[dict[str, str]]:
     """A server with the graphs that commands ask for."""
     folder = tmp_path_factory.mktemp("served")
     a_graph(folder / "digits", (DIGITS / "graph.yaml").read_text())
     a_graph(folder / "shadow", snippet("shadow"))
-    with serving(["serve", str(folder)], folder) as found:
+    with serving(["serve", str(folder)], folder, free_port(), free_port()) as found:
         yield found
 
 
@@ -131,8 +123,8 @@ def test_a_command_does_its_work(line: str, here: Path, addresses: dict[str, str
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("servinggraph serve")])
-def test_a_server_starts_as_told_and_ends_when_told(line: str, here: Path) -> None:
-    with serving(shlex.split(line)[1:], here):
+def test_a_server_starts_as_told_and_ends_when_told(line: str, here: Path, free_port: Any) -> None:
+    with serving(shlex.split(line)[1:], here, free_port(), free_port()):
         pass
 
 

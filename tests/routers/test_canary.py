@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import random
+import time
 from contextlib import suppress
 
 import numpy as np
@@ -11,15 +11,10 @@ import pytest
 
 from servinggraph import Context, Graph, InvalidRequest, routers, steps
 from servinggraph.errors import DeadlineExceeded, GraphInvalid, RequestNotFound, ServingGraphError, StepFailed, Unavailable
+from servinggraph.testing import ManualClock
 
 X = np.array([1.0], np.float32)
 FAILURES = {"failures": {"watch": "error_rate", "margin": "1%"}}
-
-
-@pytest.fixture(autouse=True)
-def _the_same_chances():
-    """Whom chance gives to the challenger is the same in each run."""
-    random.seed(1)
 
 
 def stable(value):
@@ -211,6 +206,26 @@ def test_a_slow_challenger_is_rolled_back_by_the_latency_guardrail(run, manual_c
             assert "allowed x1.5" in report["history"][-1]["why"]
 
     run(check())
+
+
+def test_durations_are_those_of_a_tests_clock_whatever_time_it_shows():
+    clock = ManualClock(start=time.monotonic())  # as near to the machine's own as it can be
+
+    async def slow(value):
+        await asyncio.sleep(600)
+        return stable(value)
+
+    async def check():
+        guardrails = {"slow": {"watch": "latency", "limit_ms": 1e6}}
+        async with a_graph(slow, slow, guardrails=guardrails).mock() as server:
+            waiting = [asyncio.ensure_future(server.infer(x=X)) for _ in range(300)]
+            await clock.advance(601)
+            await asyncio.gather(*waiting)
+            await clock.advance(1)
+            seen = server.router("test").report()["guardrails"]["slow"]["latency_p99_ms"]
+            assert pytest.approx(600_000, rel=0.05) == seen["stable"]
+
+    clock.run(check())
 
 
 @pytest.mark.parametrize(

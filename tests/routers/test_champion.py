@@ -359,7 +359,7 @@ def test_a_challenger_that_holds_the_event_loop_gets_next_to_none_of_it(run, man
             await manual_clock.settle()
             assert 1 == len(calls)  # found out by the first; the others waited no longer
             assert {"answered": 1, "max_loop_share": 19} == seen(server)
-            assert not caplog.text  # once may be the machine's fault
+            assert "challenger" not in caplog.text  # once may be the machine's fault
             for _ in range(100):
                 await server.infer(x=X)
                 await manual_clock.advance(0.1)

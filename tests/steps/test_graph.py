@@ -147,7 +147,7 @@ def dags(draw):
     return nodes
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     dag=dags(),
     depth=st.integers(1, 3),

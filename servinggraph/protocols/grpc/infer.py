@@ -73,6 +73,9 @@ class ModelInfer:
                 failure = Unavailable("the server is shutting down")
         finally:
             self._tasks.discard(task)
+            # Where it was cancelled, the task holds this frame, by the traceback of that: as long as the frame holds the task,
+            # all that the request had is there until the next collection.
+            del task
             context.when_idle(self._admission.leave)
             if context.trace is not None:  # the bytes go out after this, where nothing can be seen
                 context.trace.finish(context.id, "GRPC_SEND_START")

@@ -58,7 +58,7 @@ async def all_of(answers):
 
 
 async def eventually(condition):
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.002)
 
@@ -199,12 +199,12 @@ async def test_a_deadline_holds_for_the_whole_stream(streaming, failed):
 
     async def slow(value):
         while True:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.1)
             yield {"y": value["x"]}
 
     async with streaming.open(a_graph(slow)) as client:
         with pytest.raises(failed, match="Request timeout expired"):
-            async for answer in client.stream(X, timeout=200_000):
+            async for answer in client.stream(X, timeout=1_000_000):
                 got.append(answer)
         await eventually(lambda: client.in_flight == 0)
 

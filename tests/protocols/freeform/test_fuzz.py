@@ -81,7 +81,7 @@ def with_seeds(test):
     return test
 
 
-@settings(max_examples=1500, deadline=2000)
+@settings(max_examples=1500, deadline=20_000)
 @given(mutated() | st.binary(max_size=200), st.sampled_from(TYPES), st.sampled_from(ACCEPTS))
 @with_seeds
 def test_a_body_is_read_or_refused_and_what_was_read_can_be_sent(data, content_type, accept):
@@ -97,7 +97,7 @@ def test_a_body_is_read_or_refused_and_what_was_read_can_be_sent(data, content_t
     assert encoded.content_type
 
 
-@settings(max_examples=1500, deadline=2000)
+@settings(max_examples=1500, deadline=20_000)
 @given(mutated() | st.binary(max_size=200), st.sampled_from(TYPES), st.just(""))
 @with_seeds
 def test_tensors_are_the_declared_ones_or_refused(data, content_type, accept):
@@ -110,7 +110,7 @@ def test_tensors_are_the_declared_ones_or_refused(data, content_type, accept):
     assert 2 == tensors["x"].shape[1]
 
 
-@settings(max_examples=300, deadline=2000)
+@settings(max_examples=300, deadline=20_000)
 @given(documents)
 def test_any_document_survives_msgpack(document):
     packed = encode_answer(Body({"it": document}), "application/msgpack").body

@@ -63,7 +63,7 @@ def test_two_sequences_over_one_stream_keep_their_order(server, keys):
                 )
         got: dict[str, list[int]] = {"1": [], "-1": []}
         for _ in range(2 * len(VALUES)):
-            result, error = answers.get(timeout=10)
+            result, error = answers.get(timeout=30)
             assert error is None
             got[result.get_response().id.split("_")[0]].append(int(result.as_numpy("OUTPUT")[0, 0]))
         client.stop_stream()
@@ -76,7 +76,7 @@ def test_an_error_of_a_sequence_leaves_the_stream_open(server):
     with triton.InferenceServerClient(server.url) as client:
         client.start_stream(lambda result, error: answers.put((result, error)))
         client.async_stream_infer("simple_sequence", the_input(1), sequence_id=7)
-        assert "must specify the START flag" in str(answers.get(timeout=10)[1])
+        assert "must specify the START flag" in str(answers.get(timeout=30)[1])
         client.async_stream_infer("simple_sequence", the_input(1), sequence_id=7, sequence_start=True)
-        assert [[1]] == answers.get(timeout=10)[0].as_numpy("OUTPUT").tolist()
+        assert [[1]] == answers.get(timeout=30)[0].as_numpy("OUTPUT").tolist()
         client.stop_stream()

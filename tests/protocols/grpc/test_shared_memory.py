@@ -50,7 +50,7 @@ def twice(a, b):
 
 def hold(value):
     begun.set()
-    assert let_go.wait(10)
+    assert let_go.wait(30)
     return {"y": value["x"] * 2}
 
 
@@ -226,11 +226,11 @@ def test_a_region_that_is_unregistered_during_an_inference_goes_when_that_ends(c
         callback=lambda result, error: done.set(),
         outputs=[output_in("r", "y", 16, 32)],
     )
-    assert begun.wait(10)
+    assert begun.wait(30)
     client.unregister_system_shared_memory("r")
     assert ["r"] == list(client.get_system_shared_memory_status().regions)
     let_go.set()
-    assert done.wait(10)
+    assert done.wait(30)
     got = shm.get_contents_as_numpy(handle, np.float32, [4], 32)
     assert (numbers() * 2).tolist() == got.tolist()
     del got
@@ -248,7 +248,7 @@ def test_a_request_that_is_cancelled_lets_its_region_go_and_writes_nothing(clien
         outputs=[output_in("r", "y", 16, 32)],
     )
     handle._mpsm_handle.buf[:16] = numbers().tobytes()
-    assert begun.wait(10)
+    assert begun.wait(30)
     running.cancel()
     client.unregister_system_shared_memory("r")
     until(lambda: not client.get_system_shared_memory_status().regions)

@@ -1,7 +1,10 @@
 """Sizes, compression, limits and TLS of the wire."""
 
 import asyncio
+import gc
 import subprocess
+import weakref
+from contextlib import suppress
 
 import grpc
 import numpy as np
@@ -185,3 +188,27 @@ def test_files_that_cannot_be_used_for_tls_are_said_in_one_sentence(certificates
 
     with pytest.raises(ServingGraphError, match=text):
         credentials(options)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("limits", [{}, {"timeout_ms": 60_000}], ids=["", "with a deadline"])
+async def test_what_a_cancelled_request_had_goes_with_it_and_waits_for_no_collection(live, eventually, limits):
+    had = []
+
+    async def work(value):
+        had.append(weakref.ref(value["x"]))
+        await asyncio.Event().wait()
+
+    gc.collect()
+    gc.disable()
+    try:
+        async with live(Graph("g", {"x": ("FP32", [-1])}, **limits).to(work, "step").respond()) as server:
+            call = server.infer(server.request("g", {"x": X}))
+            await eventually(lambda: had)
+            call.cancel()
+            with suppress(asyncio.CancelledError):
+                await call
+            await eventually(lambda: server.in_flight == 0)
+            await eventually(lambda: had[0]() is None)
+    finally:
+        gc.enable()

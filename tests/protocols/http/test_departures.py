@@ -41,7 +41,7 @@ class Held:
 
     def block(self, value):
         self.calls.append(value["x"].tolist())
-        assert self.free.wait(10)
+        assert self.free.wait(30)
         return {"y": value["x"]}
 
 
@@ -170,7 +170,7 @@ def test_a_flood_of_pipelined_requests_is_not_read_ahead_without_end(http_server
         for _ in range(3000):
             connection.send(one * 100)
     held.free.set()
-    connection.socket.settimeout(10)
+    connection.socket.settimeout(30)
 
     assert [200] * 100 == [connection.answer().status for _ in range(100)]
     connection.close()
@@ -182,7 +182,7 @@ def test_a_flood_of_pipelined_requests_is_not_read_ahead_without_end(http_server
     [(request()[:30], "request line and headers were not received"), (request()[:-5], "rest of the body was not received")],
 )
 def test_a_client_that_stalls_is_sent_away(http_server, held, until, monkeypatch, part, text):
-    monkeypatch.setattr(wire, "STALL_S", 0.05)
+    monkeypatch.setattr(wire, "STALL_S", 1.0)
     server = http_server(graph_of(held.wait))
     connection = server.connect()
     connection.send(part)
@@ -204,13 +204,13 @@ def test_a_connection_that_never_says_a_word_is_closed(http_server, held, monkey
 
 
 def test_a_run_that_takes_longer_than_a_stall_is_no_stall(http_server, held, until, monkeypatch):
-    monkeypatch.setattr(wire, "STALL_S", 0.05)
+    monkeypatch.setattr(wire, "STALL_S", 1.0)
     server = http_server(graph_of(held.wait))
     connection = server.connect()
     for byte in request():
         connection.send(bytes([byte]))
     until(lambda: held.calls)
-    threading.Timer(0.15, held.free.set).start()
+    threading.Timer(1.5, held.free.set).start()
 
     assert 200 == connection.answer().status
     connection.close()
@@ -230,7 +230,8 @@ def test_a_deadline_in_a_header_or_in_the_request_ends_the_run(http_server, held
         assert (504, "Request timeout expired") == (answer.status, answer.error)
     until(lambda: server.in_flight == 0)
 
-    assert 5 == held.cancelled
+    assert held.calls
+    assert len(held.calls) == held.cancelled  # a machine that is slow may let a deadline pass before the step begins
 
 
 @pytest.mark.parametrize("value", ["", "abc", "0", "-1", "nan", "inf", "1e15", "1_000", "0x10", "٣"])

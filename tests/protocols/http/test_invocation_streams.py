@@ -38,7 +38,7 @@ def server(shared_server):
 
 
 def invoke(server, body, accept=None, graph="g"):
-    with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)) as connection:
+    with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)) as connection:
         headers = {"Content-Type": "application/json", **({"Accept": accept} if accept else {})}
         connection.request("POST", f"/v2/models/{graph}/invocations", json.dumps(body), headers)
         answer = connection.getresponse()
@@ -108,7 +108,7 @@ def test_a_client_that_leaves_closes_the_generator(http_server, until):
             ended.append(value)
 
     server = http_server(graph_of(forever))
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     connection.request("POST", "/invocations", b"1", {"Content-Type": "application/json"})
     answer = connection.getresponse()
     assert b'"x"\n' == answer.readline()

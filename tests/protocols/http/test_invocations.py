@@ -322,7 +322,7 @@ def test_a_graph_is_not_unloaded_while_a_body_is_decoded_for_it(http_server, unt
 
     def slow(body, media):
         decoding.set()
-        assert go_on.wait(10)
+        assert go_on.wait(30)
         return decode_body(body, media)
 
     monkeypatch.setattr(invocations, "decode_body", slow)
@@ -330,7 +330,7 @@ def test_a_graph_is_not_unloaded_while_a_body_is_decoded_for_it(http_server, unt
     graph = server.catalog.get("g")
     connection = server.connect()
     connection.send(request(b'"%b"' % (b"x" * 70_000)))
-    assert decoding.wait(10)
+    assert decoding.wait(30)
     assert 1 == graph.requests
     go_on.set()
 
@@ -344,7 +344,7 @@ def test_a_client_that_leaves_while_its_body_is_decoded_keeps_its_slot_until_tha
 
     def slow(body, media):
         decoding.set()
-        assert go_on.wait(10)
+        assert go_on.wait(30)
         return decode_body(body, media)
 
     monkeypatch.setattr(invocations, "decode_body", slow)
@@ -353,7 +353,7 @@ def test_a_client_that_leaves_while_its_body_is_decoded_keeps_its_slot_until_tha
     graph = server.catalog.get("g")
     connection = server.connect()
     connection.send(request(b'"%b"' % (b"x" * 70_000)))
-    assert decoding.wait(10)
+    assert decoding.wait(30)
     connection.close()
     until(lambda: graph.requests == 0)
 

@@ -103,7 +103,7 @@ def test_on_sigterm_a_sequence_under_way_may_end_and_none_begins(tmp_path, until
     command = [sys.executable, "-c", "from servinggraph.cli import main; main()", "serve", "graph.yaml", "--http-port", "0"]
     with (
         subprocess.Popen(
-            [*command, "--grpc-port", "off", "--grace-s", "15"], cwd=tmp_path, stderr=subprocess.STDOUT, stdout=subprocess.PIPE
+            [*command, "--grpc-port", "off", "--grace-s", "60"], cwd=tmp_path, stderr=subprocess.STDOUT, stdout=subprocess.PIPE
         ) as process,
         ThreadPoolExecutor(1) as reader,
     ):
@@ -131,7 +131,7 @@ def test_on_sigterm_a_sequence_under_way_may_end_and_none_begins(tmp_path, until
                 with pytest.raises(InferenceServerException, match="shutting down: sequence 8 cannot start any more"):
                     send(8, sequence_start=True)
                 assert [[2], [3]] == [send(7), send(7, sequence_end=True)]
-            assert 0 == process.wait(10)
+            assert 0 == process.wait(30)
         finally:
             process.kill()
 

@@ -55,7 +55,7 @@ begun = threading.Event()
 
 def hold(value):
     begun.set()
-    assert let_go.wait(10)
+    assert let_go.wait(30)
     return {"y": value["x"] * 2}
 
 
@@ -389,7 +389,7 @@ def test_a_region_that_is_unregistered_during_an_inference_goes_when_that_ends(c
     begun.clear()
     with triton.InferenceServerClient(server.url) as other:
         running = other.async_infer("hold", [input_in("r", "x", "FP32", [4], 16)], outputs=[output_in("r", "y", 16, 32)])
-        assert begun.wait(10)
+        assert begun.wait(30)
         client.unregister_system_shared_memory("r")
         assert ["r"] == [entry["name"] for entry in client.get_system_shared_memory_status()]
         status, _ = refused(client, "look", [input_in("r", "x", "FP32", [4], 16)])

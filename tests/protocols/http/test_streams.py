@@ -451,7 +451,7 @@ def test_a_reader_that_stalls_is_cut_off(http_server, until):
         finally:
             ended.append(True)
 
-    server = http_server(graph_of(endless), stream_stall_s=0.2)
+    server = http_server(graph_of(endless), stream_stall_s=0.5)
     reader = Reader(server, request())
     assert 200 == reader.head()
 
@@ -472,7 +472,7 @@ def test_a_deadline_reaches_a_generator_whose_reader_stalls(http_server, until):
         finally:
             ended.append(True)
 
-    server = http_server(graph_of(endless, timeout_ms=200))
+    server = http_server(graph_of(endless, timeout_ms=500))
     reader = Reader(server, request())
     assert 200 == reader.head()
 

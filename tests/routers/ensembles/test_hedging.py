@@ -70,11 +70,11 @@ def test_a_late_member_in_a_thread_keeps_the_slot_until_it_has_ended() -> None:
 
     def blocks(value: Any) -> Any:
         begun.set()
-        assert end.wait(10)
+        assert end.wait(30)
         return good(value)
 
     def waits_for_it(value: Any) -> Any:
-        assert begun.wait(10)
+        assert begun.wait(30)
         return good(value)
 
     async def check() -> None:

@@ -94,7 +94,7 @@ class Other:
 
     def stop(self) -> None:
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(30)
         self._rest.join(10)
         assert self.process.stderr is not None
         self.process.stderr.close()
@@ -208,7 +208,8 @@ def bad_server() -> Iterator[Callable[..., BadServer]]:
 
 
 @pytest.fixture
-def nobody() -> str:
-    """Return a URL where nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+def nobody() -> Iterator[str]:
+    """Return a URL where nobody listens; nor can anybody until the end of the test."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{silent.getsockname()[1]}"

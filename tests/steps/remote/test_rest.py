@@ -196,7 +196,7 @@ def test_a_deadline_and_a_caller_who_leaves_end_the_connection(bad_server):
     async def main():
         async with graph_of(place.url).mock() as server:
             with pytest.raises(DeadlineExceeded):
-                await server.invoke({}, timeout_s=0.1)
+                await server.invoke({}, timeout_s=0.5)
             asked = asyncio.ensure_future(server.invoke({}))
             while place.requests < 2:
                 await asyncio.sleep(0.001)
