@@ -10,10 +10,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
+from urllib.parse import quote, quote_plus
 
+import orjson
 import yaml
 
-__all__ = ["Expansion", "KeyPath", "Reference", "begins_with_reference", "expand", "required_variables"]
+__all__ = ["Expansion", "KeyPath", "Reference", "begins_with_reference", "expand", "required_variables", "spellings"]
 
 KeyPath = tuple[str | int, ...]
 
@@ -83,8 +85,19 @@ class Expansion:
                 if value and (concerned or len(value) >= _SHORT):
                     # Inside a longer word a short value is another thing.
                     around = (r"(?<!\w)", r"(?!\w)") if len(value) < _SHORT else ("", "")
-                    text = re.sub(f"{around[0]}{re.escape(value)}{around[1]}", lambda _, name=name: name, text)  # type: ignore[misc]
+                    found = "|".join(re.escape(spelled) for spelled in spellings(value))
+                    text = re.sub(f"{around[0]}(?:{found}){around[1]}", lambda _, name=name: name, text)  # type: ignore[misc]
         return text
+
+
+def spellings(secret: str) -> list[str]:
+    """Return the ways in which others may quote a text: as it is, as it stands in a URL, in JSON; the longest first."""
+    try:
+        in_json = orjson.dumps(secret).decode()[1:-1]
+    except orjson.JSONEncodeError:  # bytes of the environment that are not UTF-8
+        return [secret]
+    ways = {secret, quote(secret, safe=""), quote(secret, safe="%:@!$&'()*+,;=-._~/?"), quote_plus(secret), in_json}
+    return sorted(ways, key=len, reverse=True)
 
 
 def expand(document: Any, environment: Mapping[str, str]) -> Expansion:

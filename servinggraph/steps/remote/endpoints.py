@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from typing import Final
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
-__all__ = ["Endpoint", "endpoint_of"]
+__all__ = ["Endpoint", "endpoint_of", "is_host"]
 
 _SCHEMES: Final = {"http": ("http", False), "https": ("http", True), "grpc": ("grpc", False), "grpcs": ("grpc", True)}
 
@@ -58,13 +59,24 @@ def endpoint_of(url: str) -> Endpoint:
         raise ValueError("has a query or fragment, and it is only where a server is")
     protocol, tls = _SCHEMES[parts.scheme]
     host = parts.hostname or ""
-    if not host or not all(character.isalnum() or character in "-._:%" for character in host):
+    if not is_host(host) or not all(character.isalnum() or character in "-._:%" for character in host):
         raise ValueError("names no host")
     if port is None:
         if protocol == "grpc":
             raise ValueError("names no port, and gRPC has none of its own")
         port = 443 if tls else 80
-    path = parts.path.rstrip("/")
+    path = quote(parts.path.rstrip("/"), safe="%:@!$&'()*+,;=-._~/")
     if path and protocol == "grpc":
         raise ValueError("has a path, and gRPC has none")
     return Endpoint(protocol, tls, f"[{host}]" if ":" in host else host, port, path)
+
+
+def is_host(host: str) -> bool:
+    """Tell whether a name or address can be one of a host, wherever it leads."""
+    try:
+        host.encode("idna")  # as whoever looks it up does: parts of 63 characters at most, and none empty
+        if host.rpartition(".")[2].isdigit():
+            IPv4Address(host)  # `1.2.3` means an address to some, and nothing to others
+    except ValueError:
+        return False
+    return bool(host)

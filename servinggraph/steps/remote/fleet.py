@@ -44,6 +44,7 @@ class Fleet:
         self._policy = policy
         self._idempotent = idempotent
         self._loop = asyncio.get_running_loop()
+        self._closed = False
         self._timers: dict[Member[Endpoint], asyncio.TimerHandle] = {}
         self._probes: set[asyncio.Task[None]] = set()
 
@@ -104,6 +105,8 @@ class Fleet:
             self._ask_later(member, pause)
 
     def _ask_later(self, member: Member[Endpoint], pause: float) -> None:
+        if self._closed:  # a call that was under way then
+            return
         self._timers[member] = self._loop.call_later(pause, self._ask, member)
 
     def _ask(self, member: Member[Endpoint]) -> None:
@@ -127,6 +130,7 @@ class Fleet:
 
     async def close(self) -> None:
         """End probes and close connections."""
+        self._closed = True
         for timer in self._timers.values():
             timer.cancel()
         for probe in self._probes:

@@ -8,10 +8,13 @@ from typing import Final
 
 from pydantic import SecretStr
 
-__all__ = ["Secrets", "forwarded", "plain_headers"]
+from servinggraph.spec.environment import spellings
+
+__all__ = ["Secrets", "check_metadata", "check_passed", "forwarded", "plain_headers"]
 
 _NAME: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _VALUE: Final = re.compile(r"[\x20-\x7e\t]*")
+_METADATA: Final = re.compile(r"(?!grpc-)[a-z0-9_.-]+(?<!-bin)")
 _TRACE: Final = ("traceparent", "tracestate", "x-request-id")
 _OWN: Final = frozenset(
     {
@@ -44,6 +47,31 @@ def plain_headers(headers: Mapping[str, SecretStr], *, content_type: bool = Fals
     return plain
 
 
+def check_passed(names: Iterable[str]) -> None:
+    """See to it that headers of a caller can go along.
+
+    Raises:
+        ValueError: one cannot.
+    """
+    for name in names:
+        if name.lower() in _OWN or not _NAME.fullmatch(name):
+            raise ValueError(f"'{name}' cannot go along: it is no name of a header, or says how requests are sent")
+
+
+def check_metadata(names: Iterable[str]) -> None:
+    """See to it that headers can be metadata of gRPC.
+
+    Raises:
+        ValueError: one cannot.
+    """
+    for name in names:
+        if not _METADATA.fullmatch(name.lower()):
+            raise ValueError(
+                f"'{name}' cannot go over gRPC: names of metadata are letters, digits, '_', '-' and '.', do not begin with "
+                "'grpc-', and end with '-bin' for binary values only"
+            )
+
+
 def forwarded(headers: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
     """Return those of a caller's headers that go along: what traces requests, and `names` (lower case)."""
     found: dict[str, str] = {}
@@ -63,12 +91,16 @@ class Secrets:
 
     def __init__(self, values: Iterable[str]) -> None:
         words = {word for value in values for word in (value, *value.split()) if len(word) >= _LONG_ENOUGH}
-        self._words = sorted(words, key=len, reverse=True)
+        self._words = sorted({spelled for word in words for spelled in spellings(word)}, key=len, reverse=True)
 
     def hide(self, text: str) -> str:
         """Return the text without them."""
         for word in self._words:
             text = text.replace(word, "***")
+        if text.endswith("..."):  # it was cut off, maybe in the middle of a word
+            for word in self._words:
+                for size in range(len(word) - 1, _LONG_ENOUGH - 1, -1):
+                    text = f"{text[: -size - 3]}***..." if text.endswith(word[:size] + "...") else text
         return text
 
 

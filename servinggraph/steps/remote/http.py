@@ -39,6 +39,7 @@ class HttpClient:
     def __init__(self, connections: int, connect_timeout_s: float, max_bytes: int, tls_ca: str | None = None) -> None:
         trusted = ssl.create_default_context(cafile=tls_ca) if tls_ca else True
         self._max_bytes = max_bytes
+        self._connect_timeout_s = connect_timeout_s
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=connections, ssl=trusted),
             # Deadlines are the executor's; it cancels.
@@ -66,12 +67,17 @@ class HttpClient:
                 method, URL(url, encoded=True), headers=headers, data=body, allow_redirects=False
             ) as answer:
                 return HttpAnswer(answer.status, answer.headers, await self._body(answer, where))
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+        except aiohttp.ClientConnectorError as error:
             raise unreachable(where, _reason(error)) from error
+        # What aiohttp says in these has the whole URL in it, which may be secret, and a log has the cause, too.
+        except aiohttp.ConnectionTimeoutError:
+            raise unreachable(where, f"not within {self._connect_timeout_s * 1e3:g} ms (limit 'connect_timeout_ms')") from None
+        except aiohttp.InvalidURL as error:
+            raise unreachable(where, error.description or "this is no URL") from None
         except aiohttp.ClientPayloadError as error:
             raise broken(where, "in the middle of its answer") from error
         except aiohttp.ClientResponseError as error:
-            raise garbage(where, error.message) from error
+            raise garbage(where, error.message) from None
         except (aiohttp.ClientError, OSError) as error:
             raise broken(where, _reason(error)) from error
 
@@ -93,6 +99,8 @@ class HttpClient:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, aiohttp.ClientConnectorError):
+        if isinstance(error.os_error, ssl.SSLError):
+            return str(error.os_error.strerror or error.os_error)  # its numbers are not the system's
         number = error.os_error.errno
         # asyncio's own text repeats the address.
         return os.strerror(number) if number is not None and number > 0 else str(error.os_error.strerror or error.os_error)

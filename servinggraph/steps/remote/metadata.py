@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Mapping
+from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from socket import SHUT_RDWR, socket
+from threading import Event, Timer
 from typing import Any
 from urllib.parse import quote
 
@@ -73,22 +76,37 @@ def _over_http(
         if endpoint.tls
         else HTTPConnection(host, endpoint.port, timeout=timeout_s)
     )
+    late = Event()
+    end: Timer | None = None
     try:
+        connection.connect()
+        # The connection's own time limit is for each piece; a server may send one now and then for ever.
+        end = Timer(timeout_s, _cut, [connection.sock, late])
+        end.start()
         connection.request("GET", path, headers=dict(headers))
-        answer = connection.getresponse()
-        body = answer.read(_MOST_BYTES)
+        with connection.getresponse() as answer:
+            body = answer.read(_MOST_BYTES)
         if answer.status in (400, 404):
             raise Mismatch(f"it answered {answer.status}: {body[:500].decode('utf-8', 'replace')}")
         if answer.status != 200:
             raise NoMetadata(f"it answered {answer.status}: {body[:500].decode('utf-8', 'replace')}")
         document = orjson.loads(body)
     except (HTTPException, OSError, ValueError) as error:
-        raise NoMetadata(str(error)) from error
+        reason = f"not within {timeout_s * 1e3:g} ms (limit 'metadata_timeout_ms')" if late.is_set() else str(error)
+        raise NoMetadata(reason) from error
     finally:
+        if end is not None:
+            end.cancel()
         connection.close()
     if not isinstance(document, dict):
         raise NoMetadata("its metadata is no JSON object")
     return document
+
+
+def _cut(connected: socket, late: Event) -> None:
+    late.set()
+    with suppress(OSError):  # it has ended this moment
+        connected.shutdown(SHUT_RDWR)
 
 
 def _over_grpc(

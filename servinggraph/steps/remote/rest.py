@@ -17,8 +17,9 @@ from servinggraph.steps.remote.calls import close_on
 from servinggraph.steps.remote.documents import NoTensor, decoded, encoded, tensor_of
 from servinggraph.steps.remote.endpoints import endpoint_of
 from servinggraph.steps.remote.failures import CallFailed, garbage, refused
-from servinggraph.steps.remote.headers import Secrets, forwarded, plain_headers
+from servinggraph.steps.remote.headers import Secrets, check_passed, forwarded, plain_headers
 from servinggraph.steps.remote.templates import Field as TemplateField, UrlTemplate, document_template, look_up
+from servinggraph.steps.remote.tls import roots_of
 from servinggraph.tensors import Signature, TensorSpec
 from servinggraph.tracing import trace_headers
 
@@ -73,6 +74,12 @@ class RestOptions(Options):
         plain_headers(headers, content_type=True)
         return headers
 
+    @field_validator("pass_headers")
+    @classmethod
+    def _passable(cls, names: list[str]) -> list[str]:
+        check_passed(names)
+        return names
+
 
 class Rest(Step[RestOptions]):
     """Sends a request for each value, and gives what the answer holds.
@@ -99,9 +106,7 @@ class Rest(Step[RestOptions]):
         self._headers = plain_headers(options.headers, content_type=True)
         self._hide = Secrets([*self._headers.values(), *(secret.get_secret_value() for secret in options.query.values())]).hide
         self._passed = tuple(name.lower() for name in options.pass_headers)
-        self._ca = None if options.tls_ca is None else str(self.base / options.tls_ca)
-        if self._ca is not None and not (self.base / self._ca).is_file():
-            raise GraphInvalid([Problem(f"file '{options.tls_ca}' does not exist (looked at {self._ca})", node="tls_ca")])
+        self._ca = roots_of(self.base, options.tls_ca)
         self._url, self._secrets = self._template(rest)
         self._body = self._body_of()
         self._check_take()

@@ -6,9 +6,9 @@ import asyncio
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
 from servinggraph.context import Context, ParameterValue
 from servinggraph.errors import GraphInvalid, InvalidRequest, Problem, StepFailed
@@ -19,8 +19,9 @@ from servinggraph.steps.remote.calls import Call, Transport, close_on
 from servinggraph.steps.remote.endpoints import Endpoint, endpoint_of
 from servinggraph.steps.remote.failures import CallFailed
 from servinggraph.steps.remote.fleet import Fleet
-from servinggraph.steps.remote.headers import Secrets, forwarded, plain_headers
+from servinggraph.steps.remote.headers import Secrets, check_metadata, check_passed, forwarded, plain_headers
 from servinggraph.steps.remote.metadata import Mismatch, NoMetadata, compare, fetch_metadata
+from servinggraph.steps.remote.tls import roots_of
 from servinggraph.tensors import Signature, TensorSpec
 from servinggraph.tracing import trace_headers
 
@@ -97,6 +98,18 @@ class V2Options(Options):
         plain_headers(headers)
         return headers
 
+    @field_validator("pass_headers")
+    @classmethod
+    def _passable(cls, names: list[str]) -> list[str]:
+        check_passed(names)
+        return names
+
+    @model_validator(mode="after")
+    def _metadata(self) -> Self:
+        if any(url.startswith("grpc") for url in ([self.url] if isinstance(self.url, str) else self.url)):
+            check_metadata([*self.headers, *self.pass_headers])
+        return self
+
 
 class V2(Step[V2Options]):
     """Sends tensors to a model on another server, and gives what it answers.
@@ -114,8 +127,9 @@ class V2(Step[V2Options]):
         urls = [self.options.url] if isinstance(self.options.url, str) else self.options.url
         self._endpoints = [endpoint_of(url) for url in urls]
         self._version = "" if self.options.version is None else str(self.options.version)
-        self._ca = None if self.options.tls_ca is None else str(self.base / self.options.tls_ca)
+        self._ca = roots_of(self.base, self.options.tls_ca)
         self._headers = plain_headers(self.options.headers)
+        self._hide = Secrets(self._headers.values()).hide
         self._passed = tuple(name.lower() for name in self.options.pass_headers)
         self._fleet: Fleet | None = None
         try:
@@ -125,8 +139,6 @@ class V2(Step[V2Options]):
         except (ImportError, RuntimeError) as error:
             text = f"needs packages that are not installed ({error}): pip install 'servinggraph[remote]'"
             raise GraphInvalid([Problem(text, node="step")]) from error
-        if self._ca is not None and not (self.base / self._ca).is_file():
-            raise GraphInvalid([Problem(f"file '{self.options.tls_ca}' does not exist (looked at {self._ca})", node="tls_ca")])
         declared = self.options.inputs
         self._inputs = None if declared is None else {name: model.spec() for name, model in declared.items()}
         return Signature(self._inputs, self.declared_outputs)
@@ -148,12 +160,14 @@ class V2(Step[V2Options]):
         try:
             found = fetch_metadata(endpoint, self.options.model, self._version, self._headers, seconds, self._ca)
             compare(found, self._inputs or {}, self.declared_outputs or {})
-        except Mismatch as error:
-            raise StepFailed(f"{model} at {endpoint} is not what is declared: {error}") from error
-        except NoMetadata as error:
+        except (Mismatch, NoMetadata) as error:
+            # Some servers quote what they were sent: the error itself must not be in a log.
+            reason = self._hide(" ".join(str(error).split()))
+            if isinstance(error, Mismatch):
+                raise StepFailed(f"{model} at {endpoint} is not what is declared: {reason}") from None
             if self.options.metadata == "require":
-                raise StepFailed(f"{endpoint} says nothing about {model} ('metadata: require'): {error}") from error
-            logger.warning("node '%s': %s says nothing about %s for now: %s", self.name, endpoint, model, error)
+                raise StepFailed(f"{endpoint} says nothing about {model} ('metadata: require'): {reason}") from None
+            logger.warning("node '%s': %s says nothing about %s for now: %s", self.name, endpoint, model, reason)
 
     def admit(self, value: Any) -> Any:
         """Pick the tensors that are sent."""
@@ -168,8 +182,7 @@ class V2(Step[V2Options]):
         self._loop = asyncio.get_running_loop()
         options = self.options
         transports = {endpoint: self._transport(endpoint) for endpoint in self._endpoints}
-        hide = Secrets(self._headers.values()).hide
-        fleet = self._fleet = Fleet(self.name, transports, options.ejection, hide, idempotent=options.idempotent)
+        fleet = self._fleet = Fleet(self.name, transports, options.ejection, self._hide, idempotent=options.idempotent)
         outputs = tuple(self.declared_outputs or ())
 
         async def infer(value: Any, context: Context) -> Any:

@@ -9,7 +9,7 @@ from tritonclient.grpc import InferInput, InferRequestedOutput
 from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
-from servinggraph.errors import LimitExceeded
+from servinggraph.errors import InvalidRequest, LimitExceeded
 from servinggraph.steps.remote.calls import Call, plain_bytes, sendable
 from servinggraph.steps.remote.endpoints import Endpoint
 from servinggraph.steps.remote.failures import CallFailed, broken, garbage, late, refused, unreachable
@@ -23,7 +23,7 @@ _HTTP_STATUS: Final = {
 }  # fmt: skip
 """Status of gRPC to the one of HTTP that says the same; 500 for others."""
 
-_UNSENT: Final = ("failed to connect to all addresses", "DNS resolution failed")
+_UNSENT: Final = ("failed to connect to all addresses", "errors resolving", "DNS resolution failed")
 """How gRPC begins what it says of a connection that was never made."""
 _LOST: Final = ("Socket closed", "Connection reset", "Broken pipe", "GOAWAY", "Stream removed", "keepalive")
 
@@ -72,6 +72,9 @@ class GrpcTransport:
         )
 
     async def infer(self, call: Call) -> dict[str, Array]:
+        for name, parameter in call.parameters.items():
+            if type(parameter) is int and not -(2**63) <= parameter < 2**63:
+                raise InvalidRequest(f"parameter '{name}' is beyond what V2 over gRPC can hold (INT64)")
         inputs = []
         for name, value in call.inputs.items():
             array, datatype = sendable(name, value)
@@ -85,7 +88,8 @@ class GrpcTransport:
                 request_id=call.id,
                 timeout=None if call.left_s is None else max(1, int(call.left_s * 1e6)),
                 client_timeout=call.left_s,
-                headers={**call.headers, **self._headers},
+                # A tab is white space in a header, and an error in metadata.
+                headers={name: value.replace("\t", " ") for name, value in {**call.headers, **self._headers}.items()},
                 parameters=dict(call.parameters) or None,
             )
         except InferenceServerException as error:

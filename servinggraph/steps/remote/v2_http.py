@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 import orjson
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 
@@ -82,10 +83,29 @@ def _decoded(answer: HttpAnswer, where: str) -> dict[str, Array]:
     try:
         length = answer.headers.get("Inference-Header-Content-Length")
         result = InferenceServerClient.parse_response_body(answer.body, header_length=length)
-        names = [output["name"] for output in result.get_response()["outputs"]]
-        return {name: plain_bytes(result.as_numpy(name)) for name in names}
+        outputs = result.get_response()["outputs"]
+        with np.errstate(over="ignore"):  # which `_tensor` finds out
+            return {output["name"]: _tensor(output, result.as_numpy(output["name"])) for output in outputs}
     except Exception as error:  # whatever Triton's client stumbles over is no V2 answer
         raise garbage(where, f"it is no V2 answer: {type(error).__name__}: {error}") from error
+
+
+def _tensor(output: Mapping[str, Any], array: Array) -> Array:
+    """Return a tensor of an answer, once it is seen to be what the answer says.
+
+    Raises:
+        ValueError: it is not: numbers in JSON were cut off to fit, or the shape has other sizes.
+    """
+    name, datatype = output["name"], output["datatype"]
+    if list(array.shape) != list(output["shape"]):
+        raise ValueError(f"tensor '{name}' has the shape {output['shape']}, which no tensor has")
+    if "data" in output and array.dtype.kind in "biuf":
+        # Triton's client casts without a word.
+        sent = np.asarray(output["data"], dtype="f8" if array.dtype.kind == "f" else None).reshape(array.shape)
+        fits = np.isinf(sent) == np.isinf(array) if array.dtype.kind == "f" else sent == array
+        if not fits.all():
+            raise ValueError(f"tensor '{name}' has values that {datatype} cannot hold")
+    return plain_bytes(array)
 
 
 def _error_text(body: bytes) -> str:

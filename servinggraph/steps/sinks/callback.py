@@ -18,8 +18,10 @@ from servinggraph.messages import Body
 from servinggraph.protocols.freeform.documents import encode_json
 from servinggraph.steps.outbox import Outbox
 from servinggraph.steps.remote.calls import close_on
+from servinggraph.steps.remote.endpoints import is_host
 from servinggraph.steps.remote.failures import CallFailed, refused
 from servinggraph.steps.remote.headers import Secrets, forwarded, plain_headers
+from servinggraph.steps.remote.tls import roots_of
 from servinggraph.tensors import Signature
 
 __all__ = ["Callback", "CallbackOptions"]
@@ -108,9 +110,7 @@ class Callback(Step[CallbackOptions]):
             raise GraphInvalid([Problem(text, node="step")]) from error
         self._headers = plain_headers(self.options.headers)
         self._hide = Secrets(list(self._headers.values())).hide
-        self._ca = None if self.options.tls_ca is None else str(self.base / self.options.tls_ca)
-        if self._ca is not None and not (self.base / self._ca).is_file():
-            raise GraphInvalid([Problem(f"file '{self.options.tls_ca}' does not exist (looked at {self._ca})", node="tls_ca")])
+        self._ca = roots_of(self.base, self.options.tls_ca)
         return Signature()
 
     def load(self, batch: BatchPolicy | bool | None) -> BatchPolicy | None:
@@ -184,13 +184,15 @@ class Callback(Step[CallbackOptions]):
                     answer = await client.call(options.method, call.url, call.headers, call.body, where)
                 if 200 <= answer.status < 300:
                     return
-                raise refused(where, answer.status, self._hide(answer.body[:500].decode("utf-8", "replace")))
+                raise refused(where, answer.status, answer.body[:2000].decode("utf-8", "replace"))
             except TimeoutError:
                 failure: ServingGraphError = DeadlineExceeded(f"{where}: no answer within {options.attempt_timeout_ms:g} ms")
                 again = True
             except CallFailed as failed:
                 failure, again = failed.error, failed.unhealthy or failed.error.retryable
             if not again or attempt == options.attempts:
+                # Some services quote what they were sent.
+                failure.message = self.conceal(self._hide(failure.message))
                 raise failure
             await asyncio.sleep(backoff_s(attempt, options.first_ms / 1e3, options.most_ms / 1e3, jitter=True))
             attempt += 1
@@ -224,7 +226,7 @@ def _parts(url: str) -> tuple[str, str, int | None, list[str]]:
     parts = urlsplit(url)
     path = [part for part in parts.path.split("/") if part]
     host = parts.hostname or ""
-    if parts.scheme not in ("http", "https") or not host:
+    if parts.scheme not in ("http", "https") or not is_host(host):
         raise ValueError("is no URL: expected https://host/path")
     odd = any(character in url for character in "\\@ \t\r\n") or any(
         "%2" in part.lower() or part in (".", "..") for part in path
