@@ -11,7 +11,7 @@ from servinggraph.errors import ServingGraphError, Unavailable, Unsupported
 from servinggraph.lifecycle import infer
 from servinggraph.protocols.grpc.feedback import answer_feedback, is_feedback
 from servinggraph.protocols.grpc.requests import Found, Requests, failure_of
-from servinggraph.protocols.grpc.routing import Call, abort
+from servinggraph.protocols.grpc.routing import Call, refuse
 
 __all__ = ["ModelInfer"]
 
@@ -43,7 +43,7 @@ class ModelInfer:
             self._admission.enter()
         except ServingGraphError as error:
             requests.serving.refused("grpc", error)
-            return await abort(call, error)
+            return refuse(call, error)
         self._tasks.add(task)
         context.arrived = perf_counter_ns()
         found: Found | None = None
@@ -81,7 +81,7 @@ class ModelInfer:
                 context.trace.finish(context.id, "GRPC_SEND_START")
         requests.report(failure, context, found)
         try:
-            return await abort(call, failure)
+            return refuse(call, failure)
         finally:
             failure = None  # by its traceback it holds this frame, and with it all that the request had
 

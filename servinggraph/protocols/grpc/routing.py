@@ -17,7 +17,7 @@ from servinggraph.protocols.protobuf.generated import grpc_service_pb2 as pb
 
 logger = logging.getLogger("servinggraph.grpc")
 
-__all__ = ["SERVICE", "Call", "Method", "abort", "handler", "parse", "unary", "version_of"]
+__all__ = ["SERVICE", "Call", "Method", "abort", "handler", "parse", "refuse", "unary", "version_of"]
 
 SERVICE: Final = "inference.GRPCInferenceService"
 
@@ -47,6 +47,18 @@ async def abort(call: Call, error: ServingGraphError) -> NoReturn:
     """End a call with an error's status and text."""
     await call.abort(*status_of(error))
     raise AssertionError("abort raises")  # for the type checker
+
+
+def refuse(call: Call, error: ServingGraphError) -> bytes:
+    """Have a call end with an error's status and text once its handler has returned; return what the handler returns.
+
+    gRPC keeps what `abort` raises, and by its traceback all that the handler had, until the next collection. This raises
+    nothing.
+    """
+    code, text = status_of(error)
+    call.set_code(code)
+    call.set_details(text)
+    return b""
 
 
 def unary(methods: Mapping[str, Method]) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:

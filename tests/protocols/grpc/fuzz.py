@@ -279,6 +279,15 @@ class Call:
     def __init__(self, messages: list[bytes] | None = None) -> None:
         self._messages = list(messages or ())
         self.written: list[bytes] = []
+        self.code: grpc.StatusCode | None = None
+        self.text = ""
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        self.code = code
+
+    def set_details(self, text: str) -> None:
+        text.encode()  # as the wire does
+        self.text = text
 
     async def abort(self, status: grpc.StatusCode, text: str) -> None:
         text.encode()  # as the wire does
@@ -332,14 +341,15 @@ class Target:
             Findings: its answer is wrong.
         """
         answer: bytes | str
-        status = None
+        call = Call()
         try:
             async with asyncio.timeout(INPUT_TIMEOUT_S):
-                answer = await self._handler("ModelInfer").unary_unary(data, Call())
-        except Aborted as error:
-            status, answer = error.status, error.text
+                answer = await self._handler("ModelInfer").unary_unary(data, call)
         except TimeoutError:
             raise Findings("no answer") from None
+        status = call.code
+        if status is not None:
+            answer = call.text
         if self._admission.in_flight:
             raise Findings("a slot was not given back")
         verdict, message, want = "valid", None, None

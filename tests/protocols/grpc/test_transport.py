@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from servinggraph import Graph
-from servinggraph.errors import ServingGraphError
+from servinggraph.errors import InvalidRequest, ServingGraphError
 from servinggraph.interfaces import FrontEndOptions
 from servinggraph.protocols.grpc.transport import channel_options, credentials
 
@@ -191,22 +191,26 @@ def test_files_that_cannot_be_used_for_tls_are_said_in_one_sentence(certificates
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("limits", [{}, {"timeout_ms": 60_000}], ids=["", "with a deadline"])
-async def test_what_a_cancelled_request_had_goes_with_it_and_waits_for_no_collection(live, eventually, limits):
+@pytest.mark.parametrize("how", ["is cancelled", "is cancelled, and has a time limit", "fails", "comes too late"])
+async def test_what_a_request_without_an_answer_had_goes_with_it_and_waits_for_no_collection(live, eventually, how):
     had = []
 
     async def work(value):
         had.append(weakref.ref(value["x"]))
+        if how == "fails":
+            raise InvalidRequest("the log of a test would keep a failure of ours")
         await asyncio.Event().wait()
 
+    limits = {"is cancelled, and has a time limit": {"timeout_ms": 60_000}, "comes too late": {"timeout_ms": 200}}.get(how, {})
     gc.collect()
     gc.disable()
     try:
         async with live(Graph("g", {"x": ("FP32", [-1])}, **limits).to(work, "step").respond()) as server:
             call = server.infer(server.request("g", {"x": X}))
             await eventually(lambda: had)
-            call.cancel()
-            with suppress(asyncio.CancelledError):
+            if "cancelled" in how:
+                call.cancel()
+            with suppress(asyncio.CancelledError, grpc.aio.AioRpcError):
                 await call
             await eventually(lambda: server.in_flight == 0)
             await eventually(lambda: had[0]() is None)
