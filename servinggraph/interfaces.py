@@ -214,8 +214,8 @@ class RouterOptions(Options):
 
     state: str | None = Field(
         None,
-        description="Where settings and what was learned survive a restart: a path from this file's folder, or "
-        "redis://... (6.2 or later).",
+        description="Where settings that were changed while it served, and what was learned, survive a restart: a path from "
+        "this file's folder, or redis://... (6.2 or later), where several processes also follow each other's changes.",
     )
 
 
@@ -363,14 +363,25 @@ class Router(ABC, Generic[OptionsT]):
         """
 
     def hand_out(self) -> Learned | None:
-        """Return what was learned since this was last asked, to be added to what others learn; None where nothing adds up."""
-        return None
+        """Return what was learned since this was last asked, to be added to what others learn.
+
+        Workers of which this returns something follow each other's changes of settings as well; by default they do so
+        where there are settings, and learn nothing. None where they share nothing.
+        """
+        return Learned(0, {}) if self.settings() else None
 
     def take_in(self, everyone: Learned) -> None:
         """Know what all workers have learned, what was handed out here included, beside what came here since then."""
 
     def knows(self, id: str) -> bool:
-        """Tell whether it remembers a request, for feedback that came to another worker."""
+        """Tell whether it remembers a request, for feedback that came to another worker; False for all by default."""
+        return False
+
+    def gives_way(self, saved: Mapping[str, Any]) -> bool:
+        """Tell whether what another worker has saved holds, of two changes of a setting that neither knew of.
+
+        By default the one that was saved later does.
+        """
         return False
 
     def feedback(self, record: Feedback) -> Receipt:

@@ -19,7 +19,7 @@ import orjson
 
 from servinggraph.interfaces import Learned
 
-__all__ = ["FileStore", "RedisStore", "StateFailed", "StateStore", "open_store"]
+__all__ = ["FileStore", "RedisStore", "StateFailed", "StateStore", "open_store", "revision_of"]
 
 
 class StateFailed(Exception):
@@ -44,8 +44,16 @@ class StateStore(ABC):
         """
 
     @abstractmethod
-    def save(self, key: str, document: Mapping[str, Any]) -> None:
-        """Save a document, whole or not at all.
+    def save(self, key: str, document: Mapping[str, Any], upto: int | None = None) -> dict[str, Any] | None:
+        """Save a document, whole or not at all, unless a later one is there.
+
+        Args:
+            key: whose state it is.
+            document: the document.
+            upto: highest `revision` of the document whose place it may take; None for any.
+
+        Returns:
+            None once it is saved; else the later document, which somebody else has saved.
 
         Raises:
             StateFailed: it could not be written.
@@ -139,11 +147,14 @@ class FileStore(StateStore):
             raise StateFailed(f"cannot read state '{self._path}': {error.strerror or error}") from error
         return found
 
-    def save(self, key: str, document: Mapping[str, Any]) -> None:
+    def save(self, key: str, document: Mapping[str, Any], upto: int | None = None) -> dict[str, Any] | None:
         beside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
             with self._locked():
-                everything = self._read() | {key: dict(document)}
+                everything = self._read()
+                if _is_later(found := everything.get(key), upto):
+                    return found
+                everything[key] = dict(document)
                 # Written beside and moved into place: a crash leaves the old file or the new one.
                 with beside.open("wb") as file:
                     file.write(orjson.dumps(everything, option=orjson.OPT_INDENT_2))
@@ -152,6 +163,7 @@ class FileStore(StateStore):
                 beside.replace(self._path)
         except OSError as error:
             raise StateFailed(f"cannot write state '{self._path}': {error.strerror or error}") from error
+        return None
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -199,17 +211,35 @@ class RedisStore(StateStore):
             text = self._client.get(self._PREFIX + key)
         except self._failures as error:
             raise StateFailed(f"cannot read state '{key}' in Redis: {error}") from error
+        return self._document(key, text)
+
+    def save(self, key: str, document: Mapping[str, Any], upto: int | None = None) -> dict[str, Any] | None:
+        place, text = self._PREFIX + key, orjson.dumps(dict(document))
+
+        later: dict[str, Any] | None = None
+
+        def swap(pipe: Any) -> None:
+            nonlocal later
+            found = self._document(key, pipe.get(place))
+            later = found if _is_later(found, upto) else None
+            if later is None:
+                pipe.multi()
+                pipe.set(place, text)
+
+        try:
+            # Again from the start where somebody else saves between the look and the save.
+            self._client.transaction(swap, place)
+        except self._failures as error:
+            raise StateFailed(f"cannot write state '{key}' to Redis: {error}") from error
+        return later
+
+    @staticmethod
+    def _document(key: str, text: Any) -> dict[str, Any] | None:
         try:
             found: dict[str, Any] | None = None if text is None else orjson.loads(text)
         except orjson.JSONDecodeError as error:
             raise StateFailed(f"state '{key}' in Redis is not JSON: {error}; delete it to begin anew") from error
         return found
-
-    def save(self, key: str, document: Mapping[str, Any]) -> None:
-        try:
-            self._client.set(self._PREFIX + key, orjson.dumps(dict(document)))
-        except self._failures as error:
-            raise StateFailed(f"cannot write state '{key}' to Redis: {error}") from error
 
     def add(self, key: str, worker: str, number: int, learned: Learned) -> Learned:
         # In a Redis cluster both keys are on one machine, by what stands in braces.
@@ -238,6 +268,17 @@ class RedisStore(StateStore):
 
     def close(self) -> None:
         self._client.close()
+
+
+def revision_of(document: Any) -> int:
+    """Return the revision of a document; -1 for what has none."""
+    revision = document.get("revision") if isinstance(document, Mapping) else None
+    return revision if isinstance(revision, int) else -1
+
+
+def _is_later(found: Any, upto: int | None) -> bool:
+    """Tell whether a document that is there may not be replaced."""
+    return upto is not None and revision_of(found) > upto
 
 
 def open_store(place: str, base: Path) -> StateStore:

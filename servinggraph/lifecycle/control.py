@@ -12,7 +12,7 @@ from servinggraph.interfaces import Feedback, Router
 from servinggraph.lifecycle.audit import AuditLog
 from servinggraph.lifecycle.sharing import Sharing
 from servinggraph.plan import Plan
-from servinggraph.state import StateFailed, StateStore, open_store
+from servinggraph.state import StateFailed, StateStore, open_store, revision_of
 
 __all__ = ["Control", "RouterSeat"]
 
@@ -39,6 +39,8 @@ class RouterSeat:
         self._timer: asyncio.TimerHandle | None = None
         self._saving: asyncio.Task[None] | None = None
         self._sharing: Sharing | None = None
+        self._changed: set[str] = set()  # names of settings that were changed here and are not saved yet
+        self._told_of: tuple[int, Mapping[str, Any]] | None = None  # a revision that two workers made, and what holds of it
         self._failing = self._stopping = False
 
     @property
@@ -51,6 +53,7 @@ class RouterSeat:
 
     def changed(self, who: str, why: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
         self.router.revision += 1
+        self._changed.update(after)
         self._control.audit.record(self.place, who, why, before, after, self.router.revision)
         self._save_after(0)
 
@@ -59,7 +62,7 @@ class RouterSeat:
             self._save_after(SAVE_EVERY_S)
 
     def _save_after(self, after_s: float) -> None:
-        if self._store is None:
+        if self._store is None or self._stopping:
             return
         if self._timer is not None:
             if after_s:
@@ -119,7 +122,9 @@ class RouterSeat:
 
     def pass_on(self, record: Feedback) -> bool:
         """Have the workers that share the router's state asked for a request; return False where there are none."""
-        return self._sharing is not None and self._sharing.pass_on(record)
+        if self._sharing is None or type(self.router).knows is Router.knows:
+            return False
+        return self._sharing.pass_on(record)
 
     def let_go(self) -> None:
         """Have the router end what no caller waits for; it is stopped soon."""
@@ -128,11 +133,10 @@ class RouterSeat:
     async def stop(self) -> None:
         """Stop the router and save what it is to remember."""
         self._stopping = True
-        unsaved = self._sharing is None
+        unsaved = self._sharing is None or self._timer is not None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-            unsaved = True
         try:
             await self.router.stop()
         finally:
@@ -141,7 +145,7 @@ class RouterSeat:
             if self._sharing is not None:
                 await self._sharing.stop()
             if self._store is not None:
-                if self._control.leave(self) and (unsaved or self._failing):
+                if self._control.leave(self) and (unsaved or self._changed or self._failing):
                     await self._save()
                 self._store.close()
 
@@ -167,20 +171,61 @@ class RouterSeat:
         self._saving = self._loop.create_task(self._save())
 
     async def _save(self) -> None:
+        """Save what the router is to remember, with what others have changed meanwhile."""
         assert self._store is not None
-        try:
-            await asyncio.to_thread(self._store.save, self.key, self.document())
-        except StateFailed as error:
-            if not self._failing or self._stopping:
-                end = "" if self._stopping else "; it is tried again until it can be"
-                logger.error("router '%s': %s%s", self.router.name, error, end)
-            self._failing = True
-            if not self._stopping:
-                self._save_after(SAVE_EVERY_S)
-        else:
-            if self._failing:
-                logger.warning("router '%s' is saved again", self.router.name)
-            self._failing = False
+        while True:
+            document, changed = self.document(), set(self._changed)
+            # Of workers that share a state each saves only its own changes: a document of this revision is another's.
+            upto = self.router.revision - (self._sharing is not None)
+            try:
+                later = await asyncio.to_thread(self._store.save, self.key, document, upto)
+            except StateFailed as error:
+                self._failed(error)
+                return
+            if later is not None and self._merged(later):
+                continue
+            break
+        if self.router.revision == document["revision"]:
+            self._changed -= changed
+        if self._failing:
+            logger.warning("router '%s' is saved again", self.router.name)
+        self._failing = False
+
+    def _failed(self, error: StateFailed) -> None:
+        if not self._failing or self._stopping:
+            end = "" if self._stopping else "; it is tried again until it can be"
+            logger.error("router '%s': %s%s", self.router.name, error, end)
+        self._failing = True
+        self._save_after(SAVE_EVERY_S)
+
+    def follow(self, saved: Mapping[str, Any]) -> None:
+        """Take up settings that were changed in another worker, unless a change of this one is on its way to meet them."""
+        if (revision_of(saved) > self.router.revision or not self.unsaved) and self._merged(saved):
+            self._save_after(0)
+
+    def _merged(self, saved: Mapping[str, Any]) -> bool:
+        """Take up what another worker has saved, but for settings that were changed here since; tell whether to save that."""
+        router = self.router
+        settings, revision = router.settings(), revision_of(saved)
+        differing = {name: saved[name] for name in settings if name in saved and saved[name] != settings[name]}
+        if differing.get("resets", settings.get("resets", 0)) < settings.get("resets", 0):
+            del differing["resets"]  # what one has forgotten all have
+        mine = set() if router.gives_way(saved) else self._changed & differing.keys()
+        theirs = {name: value for name, value in differing.items() if name not in mine}
+        text = "router '%s' was changed in two workers at once: %s holds, %s"
+        if mine:
+            logger.warning(text, router.name, "what was changed here", {name: settings[name] for name in mine})
+        if theirs and (revision, theirs) != self._told_of:  # what could not be taken up is told once
+            if revision == router.revision or self._changed & theirs.keys():
+                self._told_of = revision, theirs
+                logger.warning(text, router.name, "what the other one has saved", theirs)
+            try:
+                router.adjust(theirs)
+            except InvalidRequest as error:
+                logger.error("router '%s' cannot take up settings that were changed in another worker: %s", router.name, error)
+        router.revision = revision + bool(mine)
+        self._changed &= mine
+        return bool(mine) or self._sharing is None
 
 
 class Control:

@@ -38,9 +38,8 @@ SHARE_EVERY_S: Final = 1.0
 class Saver(Protocol):
     """What saves a router's settings."""
 
-    @property
-    def unsaved(self) -> bool:
-        """True while a change is on its way to the store."""
+    def follow(self, saved: Mapping[str, Any]) -> None:
+        """Take up settings that were changed in another worker."""
         ...
 
     def save_again(self) -> None:
@@ -64,7 +63,6 @@ class Sharing:
         self._key = key
         self._saver = saver
         self._behind = False  # the store knows an earlier revision of the settings
-        self._told_of: Mapping[str, Any] = {}  # changes of two workers at once
         self._worker = uuid4().hex
         self._number = 0
         self._unsent: Learned | None = None
@@ -155,32 +153,15 @@ class Sharing:
 
     def _follow(self, saved: Mapping[str, Any]) -> None:
         """Take up settings that were changed in another worker, and save those that the store has lost."""
-        router = self._router
         revision = int(saved.get("revision", 0))
-        if revision < router.revision:
+        if revision < self._router.revision:
             if self._behind:  # for the second time: it is not just that a change is on its way
                 self._saver.save_again()
             self._behind = not self._behind
             return
         self._behind = False
-        at_once = revision == router.revision
-        if at_once and (not revision or self._saver.unsaved):
-            return
-        settings = router.settings()
-        changes = {name: saved[name] for name in settings if name in saved and saved[name] != settings[name]}
-        if changes.get("resets", settings.get("resets", 0)) < settings.get("resets", 0):
-            del changes["resets"]  # what one has forgotten all have
-        if at_once:
-            if not changes or changes == self._told_of:
-                return
-            self._told_of = changes
-            text = "router '%s' was changed in two workers at once: what the other one has saved holds, %s"
-            logger.warning(text, router.name, changes)
-        try:
-            router.adjust(changes)
-        except InvalidRequest as error:
-            logger.error("router '%s' cannot take up settings that were changed in another worker: %s", router.name, error)
-        router.revision = revision
+        if revision:
+            self._saver.follow(saved)
 
     def _tick(self) -> None:
         self._running = self._loop.create_task(self._round())

@@ -100,6 +100,10 @@ class Ab(Selector[AbOptions]):
         by_variant[variant].add(record.reward)
         return Receipt.TAKEN
 
+    def knows(self, id: str) -> bool:
+        assert self.host is not None  # it serves
+        return self._noted.find(id, self.host.now()) is not None
+
     def describe(self) -> str:
         return "ab (" + ", ".join(f"{name} {share:.0%}" for name, share in self._weights.shares.items()) + ")"
 

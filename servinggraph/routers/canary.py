@@ -12,7 +12,7 @@ from pydantic import Field
 
 from servinggraph.context import Context
 from servinggraph.errors import GraphInvalid, InvalidRequest, Problem, Unavailable, nearest
-from servinggraph.interfaces import Feedback, Learned, Observer, Receipt, RouterHost, RouterOptions
+from servinggraph.interfaces import Feedback, Observer, Receipt, RouterHost, RouterOptions
 from servinggraph.routers.rollout.guardrails import GuardrailOptions, MetricGuardrail
 from servinggraph.routers.rollout.outcomes import NO_LIFE, Metering, Outcomes, Phase
 from servinggraph.routers.rollout.schedule import Duration, RolloutStep, Share, Stage, stages
@@ -194,9 +194,9 @@ class Canary(Observer[CanaryOptions]):
             remembered["weights"] = self.settings()["weights"]
         return remembered
 
-    def hand_out(self) -> Learned:
-        """Share settings with other workers, and no numbers: each has evidence of its own, and moves all."""
-        return Learned(0, {})
+    def gives_way(self, saved: Mapping[str, Any]) -> bool:
+        # Whoever moved the challenger on, by hand or not, has not seen what speaks against it.
+        return bool(saved.get("stage") == ROLLED_BACK and saved.get("challenger") == self._plan.challenger)
 
     def recall(self, remembered: Mapping[str, Any]) -> None:
         try:
