@@ -55,6 +55,34 @@ def test_a_server_announces_itself_once_it_answers_and_stops_when_told():
     assert b'"version":""' not in seen[1]
 
 
+@pytest.mark.parametrize(
+    ("options", "status", "text"),
+    [
+        ({}, b"404", b"unless it has a token: --admin-token or SERVINGGRAPH_ADMIN_TOKEN"),
+        ({"admin": "off"}, b"404", b'"Not Found"'),
+        ({"admin_token": "secret"}, b"401", b"Authorization: Bearer"),
+        ({"admin": "on"}, b"200", b'"n"'),
+    ],
+)
+def test_on_an_address_that_others_reach_admin_says_what_it_takes(options, status, text, monkeypatch):
+    monkeypatch.delenv("SERVINGGRAPH_ADMIN_TOKEN", raising=False)
+    seen = []
+
+    def announce(server):
+        async def ask():
+            reader, writer = await asyncio.open_connection("127.0.0.2", server.front_ends["http"].port)
+            writer.write(b"GET /admin/graphs HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            seen.append(await reader.read())
+            writer.close()
+            server.stop()
+
+        seen.append(asyncio.ensure_future(ask()))
+
+    serve(a_plan(), announce=announce, host="127.0.0.2", **options)
+    assert seen[1].startswith(b"HTTP/1.1 " + status)
+    assert text in seen[1]
+
+
 def test_a_port_in_use_is_said_in_one_sentence():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

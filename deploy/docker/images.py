@@ -39,8 +39,9 @@ class Running:
         started_s: seconds from the start of the process to the first 200 of the ready route.
     """
 
-    def __init__(self, image: str, command: list[str] | None, mounts: dict[Path, str]) -> None:
+    def __init__(self, image: str, command: list[str] | None, mounts: dict[Path, str], user: str = "") -> None:
         self.image, self.config = image, image_config(image)
+        user = user or self.config["User"]
         self.container = buildah("from", image)
         self.root = Path(buildah("mount", self.container))
         ports = {"--http-port": _free_port(), "--grpc-port": _free_port()}
@@ -52,7 +53,7 @@ class Running:
         script = (
             f"set -e\nmount --bind '{self.root}' '{self.root}'\n{binds}mount -t proc proc '{self.root}/proc'\n"
             f"mount --rbind /dev '{self.root}/dev'\nmount -o remount,bind,ro '{self.root}'\n"
-            f"exec env -i {variables} {CHROOT} --userspec={self.config['User']} '{self.root}' "
+            f"exec env -i {variables} {CHROOT} --userspec={user} '{self.root}' "
             f'/bin/sh -c \'cd {self.config["WorkingDir"]} && exec "$@"\' sh "$@"\n'
         )
         began = time.monotonic()

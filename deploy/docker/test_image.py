@@ -69,6 +69,12 @@ def test_it_runs_as_nobody_in_particular_on_a_root_that_cannot_be_written(start)
     over_http(running.http)
 
 
+def test_it_runs_as_any_user_without_a_name_or_a_home(start, expected):
+    running = start(DIGITS, user="1000650000:0")
+    assert {"1000650000"} == set(running.status("Uid").split())
+    check({name: over_http(running.http).as_numpy(name) for name in expected}, expected)
+
+
 def test_the_bare_image_serves_what_is_mounted_at_models_by_its_default_command(start, tmp_path, expected):
     folder = tmp_path / "digits"
     (folder / "models").mkdir(parents=True)
@@ -149,7 +155,7 @@ def test_sigterm_under_load_loses_nothing(start):
 
 
 def test_figures_for_the_record(start, capsys):
-    """Print size, its division and the start time; DEPLOYED.md has them."""
+    """Print size, its division and the start time; MEASURED.md has them."""
     running = start(DIGITS)
     sizes = {}
     for name, folder in {"Debian, Python": "usr", "packages": "opt/servinggraph", "graph": "models"}.items():

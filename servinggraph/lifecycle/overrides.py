@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from servinggraph.errors import GraphInvalid, InvalidRequest, Problem, RequestTooLarge
+from servinggraph.errors import GraphInvalid, InvalidRequest, Problem, RequestTooLarge, Unavailable
 from servinggraph.lifecycle.layout import VersionPolicy, version_policy
 from servinggraph.spec import Source
 from servinggraph.spec.source import read_text
@@ -192,6 +192,7 @@ def write_files(files: Mapping[str, bytes], name: str, limit: int) -> Path:
     Raises:
         InvalidRequest: a parameter is no such name, or leads out of the folder.
         RequestTooLarge: they are larger than the limit.
+        Unavailable: this machine has no folder for them.
     """
     paths: dict[Path, bytes] = {}
     for parameter, content in files.items():
@@ -204,7 +205,13 @@ def write_files(files: Mapping[str, bytes], name: str, limit: int) -> Path:
         paths[Path(match["version"], *parts)] = content
     if sum(map(len, paths.values())) > limit:
         raise RequestTooLarge(f"failed to load '{name}', its files exceed {limit} bytes (limit 'max_body_bytes')")
-    folder = Path(tempfile.mkdtemp(prefix="servinggraph-load-"))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="servinggraph-load-"))
+    except OSError as error:
+        raise Unavailable(
+            f"failed to load '{name}', the server has no folder for its files ({error.strerror}): on a read-only root it needs "
+            "one at /tmp, or where TMPDIR says"
+        ) from error
     try:
         for path, content in paths.items():
             target = folder / name / path

@@ -44,7 +44,7 @@ def patched(document: Any, patch: Any) -> Any:
 GPU = patched(KUBERNETES[0], yaml.safe_load((DEPLOY / "kubernetes" / "gpu.yaml").read_text()))
 
 
-@pytest.mark.parametrize("document", [*KUBERNETES, GPU], ids=["deployment", "service", "budget", "gpu"])
+@pytest.mark.parametrize("document", [*KUBERNETES, GPU], ids=["deployment", "service", "headless", "budget", "gpu"])
 @pytest.mark.parametrize("version", ["1.31", "1.34"])
 def test_kubernetes_takes_the_manifests(document: Any, version: str) -> None:
     kubernetes_validate.validate(document, version, strict=True)
@@ -61,13 +61,17 @@ def test_a_wrong_manifest_would_be_found_out() -> None:
 def test_pods_are_probed_and_confined_and_have_time_to_end(deployment: Any) -> None:
     pod = deployment["spec"]["template"]["spec"]
     (server,) = pod["containers"]
-    delay_s = float(server["args"][server["args"].index("--shutdown-delay-s") + 1])
+    (delay_s,) = (float(word.partition("=")[2]) for word in server["args"] if word.startswith("--shutdown-delay-s="))
     assert pod["terminationGracePeriodSeconds"] > delay_s + GRACE_S
     assert pod["securityContext"]["runAsNonRoot"]
     assert server["securityContext"]["readOnlyRootFilesystem"]
     assert {"cpu", "memory"} <= server["resources"]["requests"].keys()
     paths = {server[probe]["httpGet"]["path"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")}
     assert {"/v2/health/ready", "/v2/health/live"} == paths
+    # A load balancer that asks for itself has to notice while the pod still accepts.
+    ready = server["readinessProbe"]
+    assert ready["failureThreshold"] > 1
+    assert delay_s > ready["periodSeconds"] * ready["failureThreshold"] + ready["timeoutSeconds"]
     _check_options(server["args"])
 
 
@@ -79,16 +83,19 @@ def test_the_gpu_patch_adds_a_gpu_and_keeps_the_rest() -> None:
 
 
 def test_service_and_budget_are_for_the_deployments_pods() -> None:
-    deployment, service, budget = KUBERNETES
+    deployment, service, headless, budget = KUBERNETES
     labels = deployment["spec"]["template"]["metadata"]["labels"]
     selectors = [
         deployment["spec"]["selector"]["matchLabels"],
         service["spec"]["selector"],
+        headless["spec"]["selector"],
         budget["spec"]["selector"]["matchLabels"],
     ]
     assert all(selector.items() <= labels.items() for selector in selectors)
     ports = {port["name"] for port in deployment["spec"]["template"]["spec"]["containers"][0]["ports"]}
     assert ports == {port["targetPort"] for port in service["spec"]["ports"]}
+    assert "None" == headless["spec"]["clusterIP"]
+    assert ["grpc"] == [port["targetPort"] for port in headless["spec"]["ports"]]
 
 
 def test_compose_takes_the_file() -> None:
@@ -154,4 +161,4 @@ def _check_options(command: list[str]) -> None:
     """Look that a command and its options are the command line's."""
     usage = CliRunner().invoke(main, [command[0], "--help"])
     assert 0 == usage.exit_code
-    assert all(word in usage.output for word in command if word.startswith("--"))
+    assert all(word.partition("=")[0] in usage.output for word in command if word.startswith("--"))

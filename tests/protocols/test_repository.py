@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -285,3 +286,15 @@ def test_files_over_http_are_base64(http_server, folder):
     parameters = {"config": "{}", **{name: base64.b64encode(content).decode() for name, content in files.items()}}
     assert 200 == server.post("/v2/repository/models/new/load", {"parameters": parameters}).status
     assert 200 == server.get("/v2/models/new/versions/1/ready").status
+
+
+def test_files_of_a_load_that_have_no_place_on_this_machine_are_refused_with_what_it_takes(
+    http_server, folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    server = http_server(repository=RepositorySettings(folder=folder, mode="explicit"))
+    files = {"file:1/graph.yaml": base64.b64encode(GRAPH.encode()).decode()}
+    answer = server.post("/v2/repository/models/new/load", {"parameters": {"config": "{}", **files}})
+    assert 503 == answer.status
+    assert "failed to load 'new', the server has no folder for its files (No such file or directory)" in answer.error
+    assert "/tmp, or where TMPDIR says" in answer.error

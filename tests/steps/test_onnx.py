@@ -255,3 +255,13 @@ def test_an_unbatched_model_of_any_number_of_rows_never_runs_on_the_event_loop_b
     step.load(False)
     assert "(thread)" in step.describe()
     step.unload()
+
+
+def test_a_folder_for_engines_that_cannot_be_made_is_not_said_to_be_a_broken_model(double, tmp_path, monkeypatch):
+    monkeypatch.setattr("servinggraph.steps.onnx.step.placed", lambda wanted: wanted)
+    (tmp_path / "taken").write_text("")
+    folder = tmp_path / "taken" / "engines"
+    with pytest.raises(GraphInvalid) as failure:
+        graph_of(double, X, device="tensorrt", tensorrt={"cache_folder": str(folder)}).compile()
+    assert f"the folder '{folder}' for TensorRT's engines cannot be made (at {folder}): Not a directory" in str(failure.value)
+    assert "cannot read" not in str(failure.value)

@@ -92,14 +92,16 @@ class Onnx(Step[OnnxOptions]):
         if not self._path.is_file():
             what = "is a folder" if self._path.is_dir() else "does not exist"
             raise GraphInvalid([Problem(f"model file '{self.options.path}' {what} (looked at {self._path})", node="path")])
+        cache = self.base / self.options.tensorrt.cache_folder
         try:
             self._place = placed(placement(self.options.device))
-            cache = self.base / self.options.tensorrt.cache_folder
             if self._place.kind == "tensorrt" and self.options.tensorrt.engine_cache:
-                cache.mkdir(parents=True, exist_ok=True)
+                _make_cache(cache, self.options.tensorrt.cache_folder)
             self._session = open_session(self._path, self.options, self._place, cache)
         except DeviceMissing as error:
             raise GraphInvalid([Problem(str(error), node="device")]) from error
+        except GraphInvalid:
+            raise
         except Exception as error:
             text = f"ONNX Runtime cannot read '{self.options.path}': {_first_line(error)}"
             raise GraphInvalid([Problem(text, node="path")]) from error
@@ -333,6 +335,17 @@ class Onnx(Step[OnnxOptions]):
                 return None
             slowest = max(slowest or 0.0, run_seconds(self._execute, values))
         return slowest
+
+
+def _make_cache(folder: Path, named: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        text = (
+            f"the folder '{named}' for TensorRT's engines cannot be made (at {folder}): {error.strerror}; name one that can be "
+            "written with 'cache_folder', or write 'engine_cache: false'"
+        )
+        raise GraphInvalid([Problem(text, node="tensorrt")]) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -60,7 +60,8 @@ def routes(serving: Serving) -> list[Route]:
         return json_response([asdict(c) for c in control.audit.last(query.get("graph", ""), query.get("node", ""), int(limit))])
 
     if not _is_on(serving.options, token):
-        return []
+        # Who follows the documents on a server that others reach is told why; who switched it off need not be.
+        return [route("/admin/{rest:path}", _closed, "GET", "PATCH")] if serving.options.admin == "auto" else []
     return [
         route("/admin/graphs", guarded(graphs), "GET"),
         route(_GRAPH, guarded(graph), "GET"),
@@ -76,6 +77,14 @@ def _is_on(options: FrontEndOptions, token: str) -> bool:
     if options.admin != "auto":
         return options.admin == "on"
     return bool(token) or getattr(options, "host", "127.0.0.1") in ("127.0.0.1", "::1", "localhost")
+
+
+def _closed(request: Request) -> Response:
+    text = (
+        "/admin is off where other machines reach the server (--host), unless it has a token: "
+        "--admin-token or SERVINGGRAPH_ADMIN_TOKEN"
+    )
+    return json_response({"error": text}, 404)
 
 
 def _guarded(endpoint: Endpoint, token: str) -> Endpoint:
