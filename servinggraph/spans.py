@@ -19,6 +19,7 @@ __all__ = ["Parent", "Span", "SpanTrace", "parse_traceparent"]
 
 _MOST_NODES: Final = 1024
 _TRACEPARENT: Final = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+_STATE: Final = re.compile(r"[\x20-\x7e\t]*")
 _LONGEST_STATE: Final = 512
 
 
@@ -73,6 +74,15 @@ def parse_traceparent(text: str | bytes | None) -> Parent | None:
     return Parent(trace_id, span_id, bool(int(found[4], 16) & 1)) if trace_id and span_id else None
 
 
+def _handed_on(state: str) -> str:
+    """Return the part of a `tracestate` that goes on: whole entries only, and nothing of what no header can hold."""
+    if not _STATE.fullmatch(state):
+        return ""
+    while len(state) > _LONGEST_STATE:
+        state = state.rpartition(",")[0]
+    return state
+
+
 class SpanTrace:
     """What happened to one request, for OpenTelemetry; recorded as `tracing.Trace` is.
 
@@ -81,7 +91,7 @@ class SpanTrace:
         version: its version.
         collect: takes the spans of the finished trace.
         parent: where the request comes from; None where it says nothing.
-        state: its tracestate, handed on as it is.
+        state: its tracestate, handed on as it is where that can be; of a long one what fits.
     """
 
     __slots__ = (
@@ -95,7 +105,7 @@ class SpanTrace:
         self._graph, self._version = graph, version
         self._collect = collect
         self._parent = parent
-        self._state = state[:_LONGEST_STATE]
+        self._state = _handed_on(state)
         self.trace_id = getrandbits(128) or 1 if parent is None else parent.trace_id
         self.span_id = getrandbits(64) or 1
         self._stamps: dict[str, int] = {}

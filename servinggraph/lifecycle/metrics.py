@@ -26,7 +26,7 @@ __all__ = ["Ledger", "read_devices", "read_metrics"]
 logger = logging.getLogger("servinggraph.metrics")
 
 MOST_VERSIONS: Final = 1024
-"""Versions of graphs whose counters are kept for when they come back; those loaded longest ago are forgotten."""
+"""Versions of graphs whose counters are kept for when they come back; those not served for longest are forgotten."""
 
 STILL_COUNTING: Final = 2
 """How many replaced graphs of a version may still be answering what they have begun; of older ones only sums are kept."""
@@ -155,6 +155,8 @@ class Ledger:
             account = self._accounts[key] = _Account(self._told(*key))
             if len(self._accounts) > MOST_VERSIONS:
                 self._accounts.popitem(last=False)
+        else:
+            self._accounts.move_to_end(key)
         return account
 
 

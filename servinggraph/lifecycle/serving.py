@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,10 +135,12 @@ def span_sink(options: FrontEndOptions) -> SpanSink | None:
     """Return where spans go; None where they are off.
 
     Raises:
-        ServingGraphError: the packages that they need are not installed.
+        ServingGraphError: the packages that they need are not installed, or the collector's address is none.
     """
     if options.otel == "off":
         return None
+    if options.otel_endpoint and not re.match(r"https?://[^/]", options.otel_endpoint):
+        raise ServingGraphError(f"--otel-endpoint {options.otel_endpoint}: expected http://host:4318")
     try:
         from servinggraph.otel import otlp_sink
     except ImportError as error:

@@ -269,6 +269,18 @@ def test_init_says_why_it_cannot(folder):
     assert not Path("my graph").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--otel", "on", "--otel-endpoint", "collector:4318"], "--otel-endpoint collector:4318: expected http://host:4318"),
+        (["--access-log", "no/access.log"], "--access-log no/access.log: No such file or directory"),
+    ],
+)
+def test_where_nothing_can_go_is_refused_at_the_start(folder, options, text):
+    done = run("serve", "graph.yaml", "--http-port", "0", "--grpc-port", "off", *options)
+    assert (1, f"{text}\n") == (done.exit_code, done.output)
+
+
 @pytest.mark.parametrize("option", ["--http-port", "--grpc-port", "--metrics-port"])
 def test_a_port_beyond_all_ports_is_refused(folder, option):
     done = run("serve", "graph.yaml", option, "65536")

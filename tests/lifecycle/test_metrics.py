@@ -68,6 +68,26 @@ def test_a_reload_goes_on_counting_and_an_unload_ends_the_series(folder, opened)
     asyncio.run(check())
 
 
+def test_of_very_many_versions_one_that_is_served_all_along_goes_on_counting(folder, opened, monkeypatch):
+    monkeypatch.setattr("servinggraph.lifecycle.metrics.MOST_VERSIONS", 3)
+    folder.write("a", "def work(value, context):\n    context.count('seen')\n    return {'y': value['x']}\n")
+    for name in "bcdef":
+        folder.write(name, 1)
+
+    async def check():
+        async with opened() as running:
+            await running.repository.load("a")
+            for turn, name in enumerate("bcdef", 1):
+                await running.ask("a")
+                await running.repository.load(name)
+                await running.repository.unload(name)
+                readings = running.serving.metrics()
+                (seen,) = [family for family in readings.values if family.name == "servinggraph_step_seen_total"]
+                assert turn == total(readings, seen, graph="a")
+
+    asyncio.run(check())
+
+
 def test_a_request_that_a_replaced_graph_still_answers_is_counted(folder, opened):
     slow = "import asyncio\ngo = asyncio.Event()\nasync def work(value):\n    await go.wait()\n    return {'y': value['x'] * 0 + 1}\n"
     folder.write("a", slow)

@@ -155,6 +155,24 @@ def test_a_later_version_of_the_header_is_read_as_far_as_it_is_known():
     assert parse_traceparent(f"01-{TRACE}-{SPAN}-01-more") == (int(TRACE, 16), int(SPAN, 16), True)
 
 
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [
+        ("a=1,b=2", "a=1,b=2"),
+        ("a=1,\tb=2", "a=1,\tb=2"),
+        ("a=é", None),
+        ("a=1\r\nx-evil: 1", None),
+        ("a=\x00", None),
+        (f"a=1,b={'x' * 600}", "a=1"),
+        (",".join(f"v{number}={'x' * 100}" for number in range(9)), ",".join(f"v{number}={'x' * 100}" for number in range(4))),
+        (f"a={'x' * 600}", None),
+    ],
+)
+def test_of_a_tracestate_goes_on_what_a_header_can_hold_in_whole_entries(state, told):
+    trace = SpanTrace("g", "1", [].extend, parse_traceparent(f"00-{TRACE}-{SPAN}-01"), state)
+    assert told == trace.headers("node").get("tracestate")
+
+
 def test_whoever_was_called_first_by_a_node_that_ran_again_has_a_parent_too():
     collected = []
     trace = SpanTrace("g", "1", collected.extend, None)

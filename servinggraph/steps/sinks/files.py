@@ -43,6 +43,8 @@ class LineFile:
         Raises:
             OSError: they were not written.
         """
+        if self._file < 0:  # there was no new one after the last was set aside
+            self.open()
         if self._max_bytes and self._size and self._size + len(lines) > self._max_bytes:
             self._set_aside()
         data = b"\n" + lines if self._torn else lines
@@ -56,14 +58,13 @@ class LineFile:
             os.fsync(self._file)
 
     def _set_aside(self) -> None:
-        os.close(self._file)
-        self._file = -1
         for number in range(self._kept, 0, -1):
             older = self._path if number == 1 else self._aside(number - 1)
             if older.exists():
                 older.replace(self._aside(number))
         if not self._kept:
             self._path.unlink()
+        self.close()
         self.open()
 
     def _aside(self, number: int) -> Path:

@@ -120,3 +120,35 @@ def test_a_large_file_is_set_aside_and_the_oldest_goes(tmp_path):
     assert ["a", "a.1", "a.2"] == sorted(path.name for path in tmp_path.iterdir())
     assert ["line-2--", "line-3--"] == (tmp_path / "a.2").read_text().splitlines()
     assert ["line-6--", "line-7--"] == (tmp_path / "a").read_text().splitlines()
+
+
+def test_a_file_that_could_not_be_set_aside_is_written_to_when_it_can(tmp_path):
+    file = LineFile(tmp_path / "a", max_bytes=10, kept=1)
+    file.open()
+    file.write(b"first---\n")
+    (tmp_path / "a.1").mkdir()  # in the way
+    for _ in range(2):
+        with pytest.raises(OSError, match="Is a directory"):
+            file.write(b"second--\n")
+    (tmp_path / "a.1").rmdir()
+    file.write(b"third---\n")
+    file.close()
+
+    assert ["first---\n", "third---\n"] == [(tmp_path / name).read_text() for name in ("a.1", "a")]
+
+
+def test_a_new_file_that_could_not_be_made_is_made_when_it_can(tmp_path):
+    folder = tmp_path / "folder"
+    file = LineFile(folder / "a", max_bytes=10)
+    file.open()
+    file.write(b"first---\n")
+    folder.rename(tmp_path / "moved")
+    folder.touch()  # no folder any more
+    with pytest.raises(OSError, match="Not a directory"):
+        file.write(b"second--\n")
+    folder.unlink()
+    (tmp_path / "moved").rename(folder)
+    file.write(b"third---\n")
+    file.close()
+
+    assert "third---\n" == (folder / "a").read_text()
