@@ -254,6 +254,7 @@ class Router(ABC, Generic[OptionsT]):
         routes: True when the route in a request's URL decides; set by `signature`.
         versions: versions of the graph that a request may ask for, where they decide; set by `signature`.
         detached: True when a branch may run although its request was answered, and so outside of its sequence.
+        repeats: True when a branch may run several times for a request, and so at no one place in its sequence.
         name: the node's name.
         options: the validated options.
         base: folder that relative paths start from.
@@ -268,6 +269,7 @@ class Router(ABC, Generic[OptionsT]):
     routes: bool = False
     versions: Collection[str] = ()
     detached: ClassVar[bool] = False
+    repeats: ClassVar[bool] = False
 
     def __init__(self, name: str, options: OptionsT, base: Path) -> None:
         self.name = name

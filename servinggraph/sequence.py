@@ -44,5 +44,17 @@ class Turn:
         """Keep a node's state for the next request, if this one succeeds."""
         self.kept[node] = state
 
+    def stays(self, router: str, branch: str) -> str:
+        """Return the branch that the sequence began with, where its state is; `branch` for the first request.
+
+        Args:
+            router: name of the router that decides.
+            branch: what it would choose for a request by itself.
+        """
+        kept = {} if self.start else self.state(router)
+        self.keep(router, kept or {"branch": branch})
+        began: str = kept.get("branch", branch)
+        return began
+
     def __repr__(self) -> str:
         return f"Turn({self.id!r}, start={self.start}, end={self.end})"

@@ -56,6 +56,12 @@ def sequence_problems(
                     "which has gone on by then: keep the state in front of this router"
                 )
                 problems.append(source.problem(text, (*place, "branches", inside[0][1]), outer.name))
+            if inside and isinstance(outer.work, Router) and outer.work.repeats:
+                text = (
+                    f"runs its branch several times for a request, and '{inside[0][0]}' keeps state for a sequence: each time "
+                    "it would begin where the request before ended; keep the state in front of this router, or behind it"
+                )
+                problems.append(source.problem(text, (*place, "branches", inside[0][1]), outer.name))
             if inside and outer.batch not in (None, False):
                 text = f"'batch' of a router cannot go around '{inside[0][0]}', which keeps state: batch that branch itself"
                 problems.append(source.problem(text, (*place, "batch"), outer.name))

@@ -35,7 +35,7 @@ class AbOptions(RouterOptions):
 
 
 class Ab(Selector[AbOptions]):
-    """Sends each request to one variant.
+    """Sends each request to one variant, and a sequence to the variant that its first request got.
 
     Which one answered stands in the response's parameters, `<node>.variant`. The weights can
     be changed while it serves; then only the keys move whose variant lost or won weight.
@@ -71,6 +71,8 @@ class Ab(Selector[AbOptions]):
     def choose(self, value: Any, context: Context) -> str:
         key = None if self._key is None else self._key(value, context)
         variant = self._weights.at_random() if key is None else self._weights.by_key(key)
+        if context.sequence is not None:
+            variant = context.sequence.stays(self.name, variant)
         self._decisions[variant] += 1
         context.response_parameters[self._parameter] = variant
         if context.id:

@@ -90,6 +90,8 @@ class Bandit(Router[BanditOptions]):
             assert self.host is not None  # it serves
             self._answers.expire(self.host.now())
         arm = self._policy.choose(self._enabled, features) if self._key is None else self._stay(value, context, features)
+        if context.sequence is not None:
+            arm = self._arms[context.sequence.stays(self.name, arm.name)]
         arm.decided += 1
         self._decisions[arm.name] += 1
         context.response_parameters[self._parameter] = arm.name

@@ -34,6 +34,7 @@ class Cycle(Router[CycleOptions]):
     """
 
     options_type = CycleOptions
+    repeats = True
 
     def signature(self, branches: Mapping[str, Signature]) -> Signature:
         problems: list[Problem] = []

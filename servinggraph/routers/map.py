@@ -42,6 +42,7 @@ class Map(Router[MapOptions]):
     """
 
     options_type = MapOptions
+    repeats = True
 
     def signature(self, branches: Mapping[str, Signature]) -> Signature:
         if len(branches) != 1:

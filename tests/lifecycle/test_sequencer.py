@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 
-from servinggraph import Context, Graph, InvalidRequest
+from servinggraph import Context, Graph, InvalidRequest, routers
 from servinggraph.errors import Cancelled, DeadlineExceeded, GraphInvalid, StepFailed, Unavailable
 from servinggraph.lifecycle import Catalog, infer, stream
 from servinggraph.messages import InferenceRequest
@@ -559,6 +559,43 @@ def test_state_behind_a_generator_is_refused():
     graph.to(plain_steps, "items").to(lambda value: value, "between").to(total, "sum").respond()
     with pytest.raises(GraphInvalid, match="node 'sum': 'sum' keeps state and comes after 'items', a generator"):
         graph.compile()
+
+
+@pytest.mark.parametrize("key", [None, "parameter:user"])
+@pytest.mark.parametrize("kind", ["ab", "bandit"])
+def test_a_sequence_stays_with_the_variant_that_has_its_state(run, kind, key):
+    branches = {"a": total, "b": total}
+    router = routers.Ab(branches, {"a": 1, "b": 1}, key=key) if kind == "ab" else routers.Bandit(branches, "ucb1", key=key)
+    change = {"weights": {"b": 1}} if kind == "ab" else {"enabled": {"a": False}}
+
+    async def check():
+        async with graph_of(router).mock() as server:
+            began = {}
+            for number in range(1, 41):
+                for turn in range(1, 5):
+                    if turn == 3 and number == 20:
+                        await server.adjust("step", change)  # holds for sequences that begin later
+                    flags = {"sequence_start": turn == 1, "sequence_end": turn == 4}
+                    parameters = {"sequence_id": number, "user": f"{number}-{turn}", **flags}
+                    reply = await server.infer(x=[1], parameters=parameters)
+                    assert [turn] == reply.outputs["y"].tolist()
+                    assert reply.parameters["step.variant"] == began.setdefault(number, reply.parameters["step.variant"])
+            assert {"a", "b"} == {began[number] for number in range(1, 20)}
+            assert {"b"} == {began[number] for number in range(21, 41)}
+            decisions = {name: 4 * list(began.values()).count(name) for name in "ab"}
+            if kind == "ab":
+                assert decisions == server.router("step").report()["decisions"]
+
+    run(check())
+
+
+@pytest.mark.parametrize("chained", [False, True])
+@pytest.mark.parametrize("kind", ["map", "cycle"])
+def test_state_in_a_branch_that_runs_several_times_for_a_request_is_refused(kind, chained):
+    inside = routers.Chain({"inner": total}) if chained else total
+    router = routers.Map(inside) if kind == "map" else routers.Cycle(inside, "False", 2)
+    with pytest.raises(GraphInvalid, match="node 'step': runs its branch several times for a request, and 'step.* keeps state"):
+        graph_of(router).compile()
 
 
 def test_free_form_requests_cannot_name_a_sequence():
