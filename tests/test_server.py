@@ -100,7 +100,7 @@ def test_a_server_without_front_ends_is_refused():
         serve(a_plan(), http_port="off")
 
 
-def test_a_graph_that_fails_to_load_ends_the_server_and_frees_the_port():
+def test_a_graph_that_fails_to_load_ends_the_server_and_frees_the_port(free_port):
     class Broken:
         def load(self):
             raise OSError("no model")
@@ -108,9 +108,7 @@ def test_a_graph_that_fails_to_load_ends_the_server_and_frees_the_port():
         def __call__(self, value):
             return value
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with pytest.raises(StepFailed, match="node 'n': failed to load: OSError: no model"):
         serve(a_plan(Broken), http_port=port)
     with socket.socket() as again:
@@ -145,10 +143,8 @@ def test_unknown_options_are_refused():
         ServerOptions(max_inflight=3)
 
 
-def test_grpc_is_served_without_being_asked_for(monkeypatch):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def test_grpc_is_served_without_being_asked_for(monkeypatch, free_port):
+    port = free_port()
     monkeypatch.setattr("servinggraph.server.GRPC_PORT", port)
 
     server = serve(a_plan(), grpc_port=None)
