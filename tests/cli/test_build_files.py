@@ -112,8 +112,22 @@ def test_labels_and_certificates_to_trust_come_along(write, out):
     file = write("graph.yaml", text)
     write("filed_labels.py", SAME)
     write("names/labels.txt", "no\nyes\n")
-    write("ca.pem", "")
     write("key.pem", "")
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-keyout",
+        "key.pem",
+        "-out",
+        "ca.pem",
+        "-subj",
+        "/CN=a",
+    ]
+    subprocess.run(command, cwd=file.parent, check=True, capture_output=True)
     done = build(file, out)
     assert 0 == done.exit_code, done.output
     assert ["ca.pem", "filed_labels.py", "graph.yaml", "names/labels.txt"] == files_in(out)
