@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import threading
 import time
@@ -15,8 +16,9 @@ import orjson
 
 from servinggraph.context import current_context
 
-__all__ = ["JsonFormatter", "OfRequest", "Repeats", "configure_logging"]
+__all__ = ["JsonFormatter", "OfRequest", "Repeats", "TextFormatter", "configure_logging"]
 
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 _TEXT: Final = "%(asctime)s %(levelname)-7s %(name)s: %(message)s%(of_request)s%(repeats)s"
 
 
@@ -69,6 +71,18 @@ class Repeats(logging.Filter):
         return seen < self._most
 
 
+class TextFormatter(logging.Formatter):
+    """One line, and what goes on in further ones indented, so that nothing a caller sent looks like a line of this log."""
+
+    def __init__(self) -> None:
+        super().__init__(_TEXT)
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record).replace("\n", "\n    ")
+        # Others move the cursor of the terminal.
+        return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 class JsonFormatter(logging.Formatter):
     """One JSON object a line: time, level, logger, message, request, graph, and the traceback where there is one."""
 
@@ -92,5 +106,5 @@ def configure_logging(level: str, form: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(OfRequest())
     handler.addFilter(Repeats())
-    handler.setFormatter(JsonFormatter() if form == "json" else logging.Formatter(_TEXT))
+    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from servinggraph import Context, Graph
-from servinggraph.cli.logs import JsonFormatter, OfRequest, Repeats
+from servinggraph.cli.logs import JsonFormatter, OfRequest, Repeats, TextFormatter
 
 logger = logging.getLogger("my.steps")
 X = {"x": np.ones(1, np.float32)}
@@ -117,6 +117,23 @@ def test_json_has_the_request_and_survives_what_clients_send():
 
 def record(message="failed %s", level=logging.ERROR, name="a", args=("x",)):
     return logging.LogRecord(name, level, __file__, 1, message, args, None)
+
+
+def test_what_a_caller_sends_is_no_line_of_its_own_in_text():
+    handler = Lines(TextFormatter())
+    handler.addFilter(Repeats())
+    logger.addHandler(handler)
+    graph = Graph("g", {"x": ("FP32", [-1])})
+    graph.to(speaking, name="n").respond()
+    try:
+        with graph.mock() as server:
+            server.infer(X, id="r\n2026-01-01 00:00:00,000 ERROR faked\r\x1b[2J\x85\u2028ä")
+    finally:
+        logger.removeHandler(handler)
+    (text,) = handler.lines
+    first, second = text.split("\n")
+    assert first.endswith(" WARNING my.steps: here [g r")
+    assert "    2026-01-01 00:00:00,000 ERROR faked\\r\\x1b[2J\\x85\\u2028ä]" == second
 
 
 def test_many_lines_of_one_kind_are_said_a_few_times_and_then_counted():

@@ -276,6 +276,22 @@ def test_of_free_form_requests(http_server):
     assert {"ok": 1, "not_acceptable": 1, "invalid_request": 1, "not_found": 1} == counted
 
 
+def test_a_request_that_its_graph_has_no_answer_for_counts_for_that_graph(http_server):
+    def items(value):
+        yield {"y": value["x"]}
+
+    streaming = Graph("many", {"x": ("FP32", [-1])})
+    streaming.to(items, name="items").respond()
+    free = Graph("free", "body")
+    free.to(lambda value: value, name="same").respond()
+    server = http_server(streaming, free)
+    for name in ("many", "free"):
+        server.post(f"/v2/models/{name}/infer", {"inputs": []})
+    samples = scrape(server.get("/metrics").body.decode())
+    for name, code in {"many": "unsupported", "free": "invalid_request", "": None}.items():
+        assert ({code: 1} if code else {}) == summed(samples, "servinggraph_requests_total", "code", graph=name)
+
+
 @pytest.mark.parametrize(
     "accept, begins", [("", "text/plain"), ("application/openmetrics-text", "application/openmetrics-text")]
 )

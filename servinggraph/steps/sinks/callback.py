@@ -231,7 +231,7 @@ def _parts(url: str) -> tuple[str, str, int | None, list[str]]:
     odd = any(character in url for character in "\\@ \t\r\n") or any(
         "%2" in part.lower() or part in (".", "..") for part in path
     )
-    if odd or not url.isascii():
+    if odd or not url.isascii() or not url.isprintable():
         raise ValueError("has a user name, a dot segment, or characters in it that no callback has")
     return parts.scheme, host, parts.port, path
 

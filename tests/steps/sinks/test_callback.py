@@ -140,6 +140,8 @@ async def test_a_request_names_its_callback_where_that_is_allowed(listener):
         "file:///etc/passwd",
         "/hooks",
         "http://[::1",
+        "{base}/hooks/\x00",
+        "{base}/hooks/\x0b",
     ],
 )
 async def test_an_address_that_is_not_allowed_is_refused(listener, url):
@@ -158,6 +160,7 @@ async def test_a_pattern_of_hosts_is_for_those_below():
 
     assert _begins_with("https://a.example.com/in/1", allowed)
     assert _begins_with("https://a.b.example.com/in", allowed)
+    assert not _begins_with("https://evil.com\x00.example.com/in", allowed)  # to some resolvers it ends there
     assert not _begins_with("https://example.com/in", allowed)
     assert not _begins_with("https://badexample.com/in", allowed)
     assert not _begins_with("https://a.example.com.evil.net/in", allowed)

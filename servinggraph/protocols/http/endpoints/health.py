@@ -47,6 +47,7 @@ def routes(serving: Serving) -> list[Route]:
 
     def infer(request: Request) -> Response:
         # Reached only for what is not in the inference route's table of served graphs.
+        graph = None
         try:
             graph = catalog.get(request.path_params["name"], request.path_params.get("version", ""))
             check_takes_tensors(graph.plan)
@@ -54,7 +55,10 @@ def routes(serving: Serving) -> list[Route]:
                 raise Unsupported("HTTP end point doesn't support models with decoupled transaction policy")
             raise Unavailable("the graph is being loaded")
         except ServingGraphError as error:
-            serving.refused("http", error)
+            if graph is not None and graph.traffic is not None:
+                graph.traffic["http"].failed(error.code.value)
+            else:
+                serving.refused("http", error)
             raise
 
     return [
