@@ -95,6 +95,37 @@ def test_a_port_in_use_is_said_in_one_sentence():
             serve(a_plan(), http_port=port)
 
 
+def test_a_port_that_another_takes_while_graphs_load_is_said_too():
+    taken = socket.socket()
+
+    class Slow:
+        def load(self):
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            taken.bind(("127.0.0.1", port))  # as a second server does, which was started a moment later
+            taken.listen()
+
+        def __call__(self, value):
+            return value
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with (
+        taken,
+        pytest.raises(CannotServe, match=f"port {port} .http.: Address already in use; choose another with --http-port"),
+    ):
+        serve(a_plan(Slow), http_port=port)
+
+
+@pytest.mark.parametrize("door", ["http_port", "grpc_port"])
+def test_metrics_on_the_port_of_another_front_end_are_refused(door):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with pytest.raises(CannotServe, match=f"port {port} .metrics.: Address already in use; choose another with --metrics-port"):
+        serve(a_plan(), metrics_port=port, **{door: port})
+
+
 def test_a_server_without_front_ends_is_refused():
     with pytest.raises(CannotServe, match="every front end is off"):
         serve(a_plan(), http_port="off")

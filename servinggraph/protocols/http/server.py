@@ -70,7 +70,12 @@ class HttpFrontEnd:
         self.port = self._socket.getsockname()[1]
 
     async def start(self) -> None:
-        """Begin to answer."""
+        """Begin to answer.
+
+        Raises:
+            OSError: another process was quicker to listen.
+        """
+        self._socket.listen(BACKLOG)  # uvloop would keep its failure to itself
         config = uvicorn.Config(
             self._asgi,
             http=bounded_protocol(self._options.max_header_bytes, self._options.max_connections),
