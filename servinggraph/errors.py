@@ -183,10 +183,18 @@ class Conflict(ServingGraphError):
 
 
 class LimitExceeded(ServingGraphError):
-    """A bounded resource is full; the message names the limit. Retry after a pause."""
+    """A bounded resource is full; the message names the limit. Retry after a pause.
+
+    Attributes:
+        uncalled: True where a node's own limit refused the call, which says nothing of how the node does.
+    """
 
     code = ErrorCode.LIMIT_EXCEEDED
     retryable = True
+
+    def __init__(self, message: str, *, uncalled: bool = False) -> None:
+        super().__init__(message)
+        self.uncalled = uncalled
 
 
 class RequestTooLarge(ServingGraphError):

@@ -87,16 +87,22 @@ class Breaker:
     """Stops calls of what fails, and tries again after a pause.
 
     Opens when of the last `window` calls at least `failures` failed. After `open_s` seconds
-    `probes` calls may try at a time: one that works closes it, one that fails opens it again.
+    `probes` calls may try at a time: one that works closes it, one that fails opens it again. What became of a call
+    counts only in the period that it began in: one that began before it opened is no probe.
 
     Args:
         failures: failed calls that open it.
         window: calls that are looked at.
         open_s: how long it stays open, seconds.
         probes: calls that may try at a time.
+
+    Attributes:
+        state: what it does with calls.
+        period: counts the changes of the state.
+        opened: counts how often it opened.
     """
 
-    __slots__ = ("_failures", "_last", "_most", "_open_s", "_opened_at", "_probes", "_trying", "opened", "state")
+    __slots__ = ("_failures", "_last", "_most", "_open_s", "_opened_at", "_probes", "_trying", "opened", "period", "state")
 
     def __init__(self, failures: int, window: int, open_s: float, probes: int) -> None:
         self._most = failures
@@ -107,16 +113,17 @@ class Breaker:
         self._opened_at = 0.0
         self._trying = 0
         self.state = BreakerState.CLOSED
-        self.opened = 0
+        self.period = self.opened = 0
 
     def allows(self, now: float) -> bool:
-        """Say whether a call may begin; each that does ends in one of `worked`, `failed` and `left`."""
+        """Say whether a call may begin; each that does notes `period`, and ends in one of `worked`, `failed` and `left`."""
         if self.state is BreakerState.CLOSED:
             return True
         if self.state is BreakerState.OPEN:
             if now - self._opened_at < self._open_s:
                 return False
-            self.state, self._trying = BreakerState.HALF_OPEN, 0
+            self._change(BreakerState.HALF_OPEN)
+            self._trying = 0
         if self._trying >= self._probes:
             return False
         self._trying += 1
@@ -126,17 +133,19 @@ class Breaker:
         """Return after how many seconds a call may be worth another try."""
         return max(0.0, self._opened_at + self._open_s - now) if self.state is BreakerState.OPEN else 0.0
 
-    def worked(self) -> None:
-        """Note a call that worked."""
+    def worked(self, period: int) -> None:
+        """Note a call that worked, and the period that it began in."""
+        if period != self.period:
+            return
         if self.state is BreakerState.CLOSED:
             self._note(failed=False)
         elif self.state is BreakerState.HALF_OPEN:
-            self._last.clear()
-            self._failures = 0
-            self.state = BreakerState.CLOSED
+            self._change(BreakerState.CLOSED)
 
-    def failed(self, now: float) -> None:
+    def failed(self, period: int, now: float) -> None:
         """Note a call that failed."""
+        if period != self.period:
+            return
         if self.state is BreakerState.CLOSED:
             self._note(failed=True)
             if self._failures >= self._most:
@@ -144,9 +153,9 @@ class Breaker:
         elif self.state is BreakerState.HALF_OPEN:
             self._open(now)
 
-    def left(self) -> None:
+    def left(self, period: int) -> None:
         """Note a call that says nothing: its caller went away, or its request was wrong."""
-        if self.state is BreakerState.HALF_OPEN:
+        if period == self.period and self.state is BreakerState.HALF_OPEN:
             self._trying -= 1
 
     def _note(self, *, failed: bool) -> None:
@@ -156,8 +165,12 @@ class Breaker:
         self._failures += failed
 
     def _open(self, now: float) -> None:
-        self.state = BreakerState.OPEN
+        self._change(BreakerState.OPEN)
         self._opened_at = now
         self.opened += 1
+
+    def _change(self, state: BreakerState) -> None:
+        self.state = state
+        self.period += 1
         self._last.clear()
         self._failures = 0

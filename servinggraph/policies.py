@@ -30,7 +30,12 @@ class RetryPolicy(Options):
 class BreakerPolicy(Options):
     """When a node that fails is not called any more for a while."""
 
-    failures: int = Field(5, ge=1, description="Failed calls, of the last `window`, that open it.")
+    failures: int = Field(
+        5,
+        ge=1,
+        description="Failed calls, of the last `window`, that open it: those that ran out of time count, callers' mistakes and "
+        "refusals by the node's own limits do not.",
+    )
     window: int | None = Field(None, ge=1, description="Calls that are looked at; by default as many as `failures`.")
     open_ms: float = Field(5000, gt=0, description="How long no call goes through.")
     probes: int = Field(1, ge=1, description="Calls at a time that then try whether it works again.")

@@ -52,47 +52,54 @@ def test_a_breaker_opens_tries_again_and_closes():
     breaker = Breaker(failures=3, window=5, open_s=10, probes=1)
     for failed in (True, False, True, False):
         assert breaker.allows(0)
-        breaker.failed(0) if failed else breaker.worked()
+        breaker.failed(breaker.period, 0) if failed else breaker.worked(breaker.period)
     assert BreakerState.CLOSED is breaker.state
-    breaker.failed(1)
+    breaker.failed(breaker.period, 1)
     assert (BreakerState.OPEN, False, 10.0) == (breaker.state, breaker.allows(1), breaker.retry_after(1))
     assert not breaker.allows(10.9)
     assert breaker.allows(11)
     assert not breaker.allows(11), "one probe at a time"
-    breaker.failed(12)
+    breaker.failed(breaker.period, 12)
     assert not breaker.allows(21.9)
     assert breaker.allows(22)
-    breaker.left()
+    breaker.left(breaker.period)
     assert breaker.allows(22), "a probe whose caller left says nothing, and gives its turn back"
-    breaker.worked()
+    breaker.worked(breaker.period)
     assert (BreakerState.CLOSED, True, 2) == (breaker.state, breaker.allows(22), breaker.opened)
 
 
 def test_old_failures_leave_the_window():
     breaker = Breaker(failures=2, window=3, open_s=1, probes=1)
+    period = breaker.period
     for _ in range(10):
-        breaker.failed(0)
-        breaker.worked()
-        breaker.worked()
+        breaker.failed(period, 0)
+        breaker.worked(period)
+        breaker.worked(period)
     assert BreakerState.CLOSED is breaker.state
-    breaker.failed(0)
-    breaker.failed(0)
+    breaker.failed(period, 0)
+    breaker.failed(period, 0)
     assert BreakerState.OPEN is breaker.state
 
 
 def test_calls_that_began_before_it_opened_change_nothing():
     breaker = Breaker(failures=1, window=1, open_s=1, probes=1)
-    assert breaker.allows(0)
-    assert breaker.allows(0)
-    breaker.failed(0)
-    breaker.worked()
-    breaker.failed(0.5)
-    breaker.left()
-    assert (BreakerState.OPEN, 0.5) == (breaker.state, breaker.retry_after(0.5))
+    before = breaker.period
+    breaker.failed(before, 0)
+    for _ in range(2):  # open, then half open
+        breaker.worked(before)
+        breaker.failed(before, 0.5)
+        breaker.left(before)
+        breaker.left(before)
+        assert 0.5 == breaker.retry_after(0.5) or BreakerState.HALF_OPEN is breaker.state
+        breaker.allows(1)
+    assert (BreakerState.HALF_OPEN, False, 1) == (breaker.state, breaker.allows(1), breaker.opened), "one probe, and it runs"
+    breaker.worked(breaker.period)
+    breaker.failed(before, 2)
+    assert BreakerState.CLOSED is breaker.state
 
 
 @pytest.mark.parametrize("probes", [1, 3])
 def test_as_many_probes_as_allowed_try_at_a_time(probes):
     breaker = Breaker(failures=1, window=1, open_s=1, probes=probes)
-    breaker.failed(0)
+    breaker.failed(breaker.period, 0)
     assert probes == sum(breaker.allows(2) for _ in range(10))

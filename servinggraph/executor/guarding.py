@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from typing import Any
+from typing import Any, Final
 
 from servinggraph.context import Context
-from servinggraph.errors import DeadlineExceeded, ErrorCode, LimitExceeded, ServingGraphError, StepFailed, Unavailable
+from servinggraph.errors import ErrorCode, LimitExceeded, ServingGraphError, StepFailed, Unavailable
 from servinggraph.guards import Breaker, BreakerState, RetryBudget, TokenBucket, backoff_s
 from servinggraph.interfaces import Operation
 from servinggraph.policies import BreakerPolicy, ConcurrencyPolicy, Guards, RateLimit, RetryPolicy
@@ -20,6 +20,9 @@ from servinggraph.policies import BreakerPolicy, ConcurrencyPolicy, Guards, Rate
 __all__ = ["guarded"]
 
 logger = logging.getLogger("servinggraph.executor")
+
+_EARLY_S: Final = 0.002
+"""A timer of the event loop may be this early."""
 
 _CALLERS_FAULT = frozenset(
     {
@@ -83,7 +86,8 @@ class _Places:
         if len(self._waiting) >= self._policy.max_queue:
             raise LimitExceeded(
                 f"{self._policy.limit} calls run (limit 'max_concurrency') and {len(self._waiting)} wait already "
-                f"(limit 'max_concurrency.max_queue' = {self._policy.max_queue}); try again later"
+                f"(limit 'max_concurrency.max_queue' = {self._policy.max_queue}); try again later",
+                uncalled=True,
             )
         place = self._loop.create_future()
         self._waiting.append(place)
@@ -113,7 +117,7 @@ def _rate_limited(operation: Operation, policy: RateLimit) -> Operation:
 
     def run(value: Any, context: Context) -> Any:
         if not bucket.take(clock()):
-            raise LimitExceeded(full)
+            raise LimitExceeded(full, uncalled=True)
         return call(value, context)
 
     if not operation.suspends:
@@ -130,45 +134,46 @@ def _broken(operation: Operation, policy: BreakerPolicy, node: str) -> Operation
     breaker = Breaker(policy.failures, policy.window or policy.failures, policy.open_ms / 1e3, policy.probes)
     call = operation.call
 
-    def enter() -> None:
+    def enter() -> int:
         now = clock()
         if not breaker.allows(now):
             left = breaker.retry_after(now)
             again = f"is tried again in {left:.1f} s" if left else "is being tried again"
             raise Unavailable(f"its circuit breaker is open after {policy.failures} failures: it {again}")
+        return breaker.period
 
-    def leave(error: BaseException | None) -> None:
+    def leave(period: int, error: BaseException | None, context: Context) -> None:
         before = breaker.state
         if error is None:
-            breaker.worked()
-        elif _is_failure(error):
-            breaker.failed(clock())
+            breaker.worked(period)
+        elif _is_failure(error) or (isinstance(error, asyncio.CancelledError) and _is_late(context, clock())):
+            breaker.failed(period, clock())
         else:
-            breaker.left()
+            breaker.left(period)
         if breaker.state is not before and BreakerState.HALF_OPEN is not breaker.state:
-            logger.warning("node '%s': circuit breaker %s", node, "closed" if error is None else f"opened: {error}")
+            logger.warning("node '%s': circuit breaker %s", node, "closed" if error is None else f"opened: {_why(error)}")
 
     def run(value: Any, context: Context) -> Any:
-        enter()
+        period = enter()
         try:
             result = call(value, context)
         except BaseException as error:
-            leave(error)
+            leave(period, error, context)
             raise
-        leave(None)
+        leave(period, None, context)
         return result
 
     if not operation.suspends:
         return Operation(run, suspends=False)
 
     async def wait(value: Any, context: Context) -> Any:
-        enter()
+        period = enter()
         try:
             result = await call(value, context)
         except BaseException as error:
-            leave(error)
+            leave(period, error, context)
             raise
-        leave(None)
+        leave(period, None, context)
         return result
 
     return Operation(wait, suspends=True)
@@ -218,7 +223,18 @@ def _retried(operation: Operation, policy: RetryPolicy, node: str) -> Operation:
 
 
 def _is_failure(error: BaseException) -> bool:
-    """Tell whether an error speaks against the node: not a caller's mistake, and not a caller who left."""
+    """Tell whether an error speaks against the node: not a caller's mistake, not one who left, not one that a limit refused."""
+    if isinstance(error, LimitExceeded):
+        return not error.uncalled
     if isinstance(error, ServingGraphError):
         return error.code not in _CALLERS_FAULT
-    return isinstance(error, Exception | DeadlineExceeded)
+    return isinstance(error, Exception)
+
+
+def _is_late(context: Context, now: float) -> bool:
+    """Tell whether a call that was cancelled had used up its time: then the node was too slow, and no caller left."""
+    return context.deadline is not None and now >= context.deadline - _EARLY_S
+
+
+def _why(error: BaseException) -> str:
+    return "it took too long" if isinstance(error, asyncio.CancelledError) else str(error)

@@ -192,6 +192,86 @@ def test_a_callers_mistakes_and_departures_open_no_breaker(run, manual_clock):
     serve(run, manual_clock, a_graph(work, circuit_breaker={"failures": 1}), check)
 
 
+@pytest.mark.parametrize("limit", ["node", "request"])
+def test_a_node_that_hangs_until_the_time_is_up_opens_its_breaker(run, manual_clock, limit):
+    calls = []
+
+    async def hang(value):
+        calls.append(1)
+        await asyncio.Event().wait()
+
+    async def check(server):
+        for _ in range(2):
+            request = asyncio.ensure_future(server.infer(x=X, timeout_s=1 if limit == "request" else None))
+            await manual_clock.advance(1)
+            assert DeadlineExceeded is await outcome(request)
+        assert Unavailable is await outcome(server.infer(x=X))
+        assert 2 == len(calls)
+
+    guards = {"circuit_breaker": {"failures": 2}} | ({"timeout_ms": 1000} if limit == "node" else {})
+    serve(run, manual_clock, a_graph(hang, **guards), check)
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [{"rate_limit": {"per_s": 1, "burst": 1}}, {"max_concurrency": {"limit": 1, "max_queue": 0}}],
+    ids=["rate", "places"],
+)
+def test_what_a_nodes_own_limit_refuses_does_not_open_its_breaker(run, manual_clock, limit):
+    async def work(value):
+        await asyncio.sleep(0.5)
+        return {"y": value["x"]}
+
+    async def check(server):
+        requests = [asyncio.ensure_future(server.infer(x=X)) for _ in range(5)]
+        await manual_clock.advance(0.5)
+        assert [[1.0]] + 4 * [LimitExceeded] == [await outcome(request) for request in requests]
+        await manual_clock.advance(1)
+        request = asyncio.ensure_future(server.infer(x=X))
+        await manual_clock.advance(0.5)
+        assert [1.0] == await outcome(request)
+
+    serve(run, manual_clock, a_graph(work, circuit_breaker={"failures": 1}, **limit), check)
+
+
+def test_a_call_that_began_before_its_breaker_opened_is_no_probe(run, manual_clock):
+    gates, running = {}, []
+
+    async def work(value):
+        (x,) = value["x"].tolist()
+        running.append(x)
+        try:
+            await gates.setdefault(x, asyncio.Event()).wait()
+        finally:
+            running.remove(x)
+        if x < 0:
+            raise ConnectionError("down")
+        return {"y": value["x"]}
+
+    async def check(server):
+        def ask(x):
+            return asyncio.ensure_future(server.infer(x=[x]))
+
+        slow, broken, leaver = ask(1), ask(-1), ask(2)
+        await manual_clock.settle()
+        gates[-1.0].set()
+        assert StepFailed is await outcome(broken)
+        await manual_clock.advance(1)
+        probe = ask(3)
+        await manual_clock.settle()
+        leaver.cancel()
+        await asyncio.wait([leaver])
+        assert Unavailable is await outcome(ask(4)), "the probe runs still, whoever else left"
+        gates[1.0].set()
+        assert [1.0] == await outcome(slow)
+        assert Unavailable is await outcome(ask(5)), "nor is what worked before it opened a probe"
+        assert [3.0] == running
+        gates[3.0].set()
+        assert [3.0] == await outcome(probe)
+
+    serve(run, manual_clock, a_graph(work, circuit_breaker={"failures": 1, "open_ms": 1000}), check)
+
+
 def test_a_rate_is_kept_and_more_is_refused_with_its_name(run, manual_clock):
     async def check(server):
         got = [await outcome(server.infer(x=X)) for _ in range(4)]
