@@ -75,7 +75,7 @@ class Ab(Selector[AbOptions]):
             variant = context.sequence.stays(self.name, variant)
         self._decisions[variant] += 1
         context.response_parameters[self._parameter] = variant
-        if context.id:
+        if context.id and not context.shadow:  # of a copy nobody saw the answer, so feedback is not for it
             assert self.host is not None  # it serves
             self._noted.note(context.id, variant, self.host.now())
         return variant

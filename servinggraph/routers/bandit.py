@@ -108,7 +108,7 @@ class Bandit(Router[BanditOptions]):
             raise
         if context.id:
             assert self.host is not None  # it serves
-            self._answers.note(context.id, arm.name, features, answer, self.host.now())
+            self._answers.note(context.id, arm.name, features, answer, self.host.now(), unseen=context.shadow)
         return answer
 
     def _at_fault(self, error: BaseException, context: Context) -> bool:
@@ -257,6 +257,8 @@ class Bandit(Router[BanditOptions]):
         if answered is None or answered.variant not in self._arms:
             self._answers.unknown += 1
             return Receipt.UNKNOWN
+        if answered.unseen and record.reward is not None:
+            return Receipt.UNUSED
         if record.variant and record.variant != answered.variant:
             raise InvalidRequest(f"request '{record.id:.100}' was answered by '{answered.variant}', not by '{record.variant}'")
         if answered.learned:

@@ -140,7 +140,8 @@ class Canary(Observer[CanaryOptions]):
         self._decisions[branch] += 1
         context.response_parameters[self._parameter] = branch
         if self._noted is not None:
-            self._noted.note(context.id, outcomes, self._now())
+            if not context.shadow:  # of a copy nobody saw the answer, so feedback is not for it
+                self._noted.note(context.id, outcomes, self._now())
             context = context.metered(Metering(outcomes, context.meter))
         return branch, context, (outcomes, context, self._stopwatch())
 

@@ -875,6 +875,49 @@ def test_a_challenger_may_be_any_router_and_a_champion_may_be_inside_one(run, ma
     run(check())
 
 
+@pytest.mark.parametrize("kind", ["bandit", "ab", "canary"])
+def test_a_reward_is_for_the_answer_that_was_seen_and_not_for_a_challengers(run, manual_clock, kind):
+    liked = {"watch": "metric", "metric": "reward", "better": "higher", "margin": 0.1}
+    challenger = {
+        "bandit": lambda: routers.Bandit({"a": same, "b": same}, "ucb1"),
+        "ab": lambda: routers.Ab({"a": same, "b": same}, {"a": 1, "b": 1}),
+        "canary": lambda: routers.Canary({"a": same, "b": same}, "a", "b", ["50%"], guardrails={"liked": liked}),
+    }[kind]()
+
+    async def check():
+        async with a_graph(challenger, routers.Bandit({"a": same}, "ucb1")).mock() as server:
+            await server.infer(x=X, id="r")
+            await counted(server, manual_clock, 1)
+            receipts = await server.feedback("r", reward=1.0)
+            assert "taken" == receipts.pop("test.old")
+            assert set(receipts.values()) <= {"unknown"}
+            if kind != "canary":
+                rewards = server.router("test.new").report().get("rewards", {})
+                assert not any(found.get("count") for found in rewards.values())
+
+    run(check())
+
+
+def test_a_truth_is_for_every_answer(run, manual_clock):
+    def wrong(value):
+        return {"y": value["x"] + 1}
+
+    async def check():
+        challenger = routers.Bandit({"a": same}, "ucb1", scorer="accuracy", missing_reward=0.5, window={"age_s": 60})
+        async with a_graph(challenger, routers.Bandit({"a": wrong}, "ucb1", scorer="accuracy")).mock() as server:
+            await server.infer(x=X, id="r")
+            await server.infer(x=X, id="s")
+            await counted(server, manual_clock, 2)
+            assert {"test.old": "taken", "test.new": "taken"} == await server.feedback("r", truth=X)
+            await manual_clock.advance(61)
+            await server.infer(x=X, id="t")
+            await counted(server, manual_clock, 3)
+            means = {name: server.router(name).report()["rewards"]["a"] for name in ("test.old", "test.new")}
+            assert {"test.old": (1, 0.0), "test.new": (1, 1.0)} == {n: (r["count"], r["mean"]) for n, r in means.items()}
+
+    run(check())
+
+
 def test_each_item_of_a_map_is_copied(run, manual_clock):
     async def check():
         options = {"shadow": {"max_loop_share": 1.0}}

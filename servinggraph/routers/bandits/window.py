@@ -38,16 +38,18 @@ class Answered:
         answer: the answer, where a truth may come; None where it is not kept, or not any more.
         size: bytes of both.
         learned: True once its reward has come.
+        unseen: True where the caller got another answer, in the shadow of a champion: a reward is not for this one.
     """
 
-    __slots__ = ("answer", "features", "learned", "size", "variant")
+    __slots__ = ("answer", "features", "learned", "size", "unseen", "variant")
 
-    def __init__(self, variant: str, features: Array | None) -> None:
+    def __init__(self, variant: str, features: Array | None, *, unseen: bool = False) -> None:
         self.variant = variant
         self.features = features
         self.answer: Any = None
         self.size = 0
         self.learned = False
+        self.unseen = unseen
 
 
 class Answers:
@@ -82,11 +84,11 @@ class Answers:
         """Bytes of the answers and features that are kept."""
         return self._bytes
 
-    def note(self, id: str, variant: str, features: Array | None, answer: Any, now: float) -> None:
+    def note(self, id: str, variant: str, features: Array | None, answer: Any, now: float, *, unseen: bool = False) -> None:
         """Remember a request that has an id; of several with the same id the last."""
         if not id:
             return
-        entry = Answered(variant, features)
+        entry = Answered(variant, features, unseen=unseen)
         if self._keep:
             entry.answer = _own(answer)
         if self._keep or features is not None:
@@ -102,7 +104,7 @@ class Answers:
         self._noted.forget(now)
 
     def _forgotten(self, entry: Answered) -> None:
-        if self.missed is not None and not entry.learned:
+        if self.missed is not None and not entry.learned and not entry.unseen:
             self.missed(entry)
 
     def learned(self, entry: Answered) -> None:
