@@ -81,10 +81,13 @@ class ServingGraphError(Exception):
         message: what was wrong, for a person to read; without the node's name.
         node: name of the node that failed, `score.gbm` for a branch; None outside a graph.
         retryable: True when the same request may succeed later.
+        of_batch: True when a batch fails with it as a whole: none of its members is to blame, or its work may have been done,
+            so they are not run again one by one.
     """
 
     code = ErrorCode.INTERNAL
     retryable = False
+    of_batch = False
 
     def __init__(self, message: str) -> None:
         super().__init__(message)

@@ -424,7 +424,7 @@ class Batcher:
         self._freed()
         if self._abandoned:
             self._fail(batch, Unavailable("is shutting down"))
-        elif len(batch) > 1 and self._policy.isolate:
+        elif len(batch) > 1 and self._policy.isolate and not getattr(error, "of_batch", False):
             for waiter in batch:
                 if waiter.result.done():
                     self._gone(waiter)

@@ -75,7 +75,7 @@ class Gathering:
             raise fatal
         if failures and context.runs_again:
             for error in failures.values():
-                if not getattr(error, "retryable", False):
+                if not (getattr(error, "retryable", False) or getattr(error, "of_batch", False)):
                     raise error  # one request's row may be to blame: run by itself, the others keep this member
         if len(answers) < self._quorum:
             raise self._too_few(len(answers), failures)

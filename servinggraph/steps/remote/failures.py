@@ -31,6 +31,9 @@ class CallFailed(Exception):
 
     def __init__(self, error: ServingGraphError, *, sent: bool, unhealthy: bool) -> None:
         super().__init__(str(error))
+        # A server that refused a batch has not run it, and one member may be why. Else it may have run, or the server would be
+        # asked as many times as there are members just when it is in trouble.
+        error.of_batch = not isinstance(error, InvalidRequest | RequestTooLarge)
         self.error = error
         self.sent = sent
         self.unhealthy = unhealthy

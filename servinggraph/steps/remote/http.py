@@ -79,6 +79,8 @@ class HttpClient:
         except aiohttp.ClientResponseError as error:
             raise garbage(where, error.message) from None
         except (aiohttp.ClientError, OSError) as error:
+            if url in str(error):
+                raise broken(where, "while the request was written") from None
             raise broken(where, _reason(error)) from error
 
     async def _body(self, answer: aiohttp.ClientResponse, where: str) -> bytes:

@@ -66,7 +66,8 @@ class V2Options(Options):
     idempotent: bool = Field(
         False,
         description="Whether a request may run twice. By default the next address is tried only where the one before cannot "
-        "have seen the request; with true also after a lost connection, an unreadable answer or a 503.",
+        "have seen the request; with true also after a lost connection, an unreadable answer or a 503. A batch is run again "
+        "member by member after a refusal (400, 413); with true also after an error over there.",
     )
     ejection: Ejection = Field(default_factory=Ejection, description="When one of several addresses is left alone.")
     connections: int = Field(64, ge=1, description="Most HTTP connections to an address; more calls wait for one.")
@@ -192,6 +193,8 @@ class V2(Step[V2Options]):
             try:
                 return await fleet.infer(call, context.deadline)
             except CallFailed as failure:
+                if options.idempotent and isinstance(failure.error, StepFailed):
+                    failure.error.of_batch = False
                 raise failure.error from failure.__cause__
 
         return Operation(infer, suspends=True)

@@ -7,7 +7,7 @@ import traceback
 
 import pytest
 
-from servinggraph import Graph, InvalidRequest, steps
+from servinggraph import Graph, InvalidRequest, routers, steps
 from servinggraph.errors import GraphInvalid, ServingGraphError, StepFailed, Unavailable
 from servinggraph.steps.remote.balancing import Ejection
 from servinggraph.steps.remote.calls import Call
@@ -292,3 +292,65 @@ def test_a_connection_that_is_not_made_in_time_is_said(bad_server):
     failed, _ = failure_of(v2(web.url.replace("http", "https"), connect_timeout_ms=200))
     assert isinstance(failed, Unavailable)
     assert f"cannot connect to https://127.0.0.1:{web.port}: not within 200 ms (limit 'connect_timeout_ms')" == failed.message
+
+
+@pytest.mark.parametrize(
+    ("sent", "options", "asked"),
+    [
+        (b"", {}, 1),
+        (answer("500 Broken", b"boom"), {}, 1),
+        (answer("503 Busy", b"later"), {}, 1),
+        (answer("504 Late", b"late"), {"idempotent": True}, 1),
+        (answer("503 Busy", b"later"), {"idempotent": True}, 1),
+        (answer(body=b"junk"), {}, 1),
+        (answer("400 Bad", b"a member is bad"), {}, 4),
+        (answer("413 Large", b"too many"), {}, 4),
+        (answer("500 Broken", b"boom"), {"idempotent": True}, 4),
+    ],
+)
+def test_a_batch_that_may_have_run_is_not_sent_again_member_by_member(bad_server, sent, options, asked):
+    def behave(connection):
+        connection.sendall(sent)
+        if not sent:
+            connection.close()
+
+    place = bad_server(behave)
+
+    async def main():
+        async with v2(
+            place.url, batch={"max_rows": 3, "max_delay_ms": 5000, "wait_when_idle": True}, **options
+        ).mock() as server:
+            return await asyncio.gather(*(server.infer(x=[number]) for number in range(3)), return_exceptions=True)
+
+    ends = asyncio.run(main())
+    assert [True] * 3 == [isinstance(end, ServingGraphError) and end.node == "far" for end in ends]
+    assert asked == place.requests
+
+
+def test_a_batch_over_rest_that_may_have_run_is_not_sent_again_either(bad_server):
+    place = bad_server(lambda connection: connection.sendall(answer("500 Broken", b"boom")))
+    declared = {"y": {"datatype": "FP32", "shape": [-1]}}
+
+    async def main():
+        batch = {"max_rows": 2, "max_delay_ms": 5000, "wait_when_idle": True}
+        async with graph_of(steps.Rest(place.url, batch=batch, outputs=declared)).mock() as server:
+            return await asyncio.gather(server.infer(x=[1]), server.infer(x=[2]), return_exceptions=True)
+
+    assert [StepFailed] * 2 == [type(end) for end in asyncio.run(main())]
+    assert 1 == place.requests
+
+
+def test_a_batch_keeps_the_other_members_of_an_ensemble_when_one_is_another_server_in_trouble(bad_server):
+    place = bad_server(lambda connection: connection.sendall(answer("500 Broken", b"boom")))
+
+    async def main():
+        graph = Graph("g", inputs=X)
+        far = steps.V2(place.url, "m", metadata="ignore", outputs={"y": {"datatype": "FP32", "shape": [-1]}})
+        members = {"near": lambda value: {"y": value["x"]}, "far": far}
+        ensemble = routers.Ensemble(members, combine="mean", quorum=1, on_failure="reweight")
+        graph.to(ensemble, name="both", batch={"max_rows": 3, "max_delay_ms": 5000, "wait_when_idle": True}).respond()
+        async with graph.mock() as server:
+            return await asyncio.gather(*(server.infer(x=[number]) for number in range(3)))
+
+    assert [[0], [1], [2]] == [reply.outputs["y"].tolist() for reply in asyncio.run(main())]
+    assert 1 == place.requests
