@@ -79,8 +79,12 @@ class AuditLog:
         logger.info("%s/%s node '%s': %s -> %s by %s: %s", *place, dict(before), dict(after), who, why or "no reason given")
         if self._path is not None:
             # Changes are rare and lines short: not worth a thread, and in order.
-            with self._path.open("ab") as file:
-                file.write(orjson.dumps(asdict(change)) + b"\n")
+            try:
+                with self._path.open("ab") as file:
+                    file.write(orjson.dumps(asdict(change)) + b"\n")
+            except OSError as error:  # the change has happened, perhaps a rollback: it must hold all the same
+                text = "cannot write the audit log '%s': %s; revision %d of %s/%s node '%s' is missing there"
+                logger.error(text, self._path, error.strerror or error, revision, *place)
         return change
 
     def last(self, graph: str = "", node: str = "", limit: int = 100) -> list[Change]:

@@ -35,6 +35,10 @@ class MapOptions(RouterOptions):
         return self
 
 
+class _TooManyFailed(Exception):
+    """More items of a request have failed than are borne."""
+
+
 class Map(Router[MapOptions]):
     """Runs its one branch for each item of a list, or each row of the tensors, and joins the results in order.
 
@@ -90,7 +94,7 @@ class Map(Router[MapOptions]):
         return [{name: array[row : row + 1] for name, array in value.items()} for row in range(rows)], True
 
     async def _run_all(self, items: Sequence[Any], context: Context, branch: Handler) -> list[Any]:
-        """Return each item's result, or error; ends early once more have failed than are borne."""
+        """Return each item's result, or error; once more have failed than are borne the others are cancelled."""
         results: list[Any] = [None] * len(items)
         todo = iter(range(len(items)))
         limit, failed = self._borne(len(items)), 0
@@ -98,18 +102,20 @@ class Map(Router[MapOptions]):
         async def work() -> None:
             nonlocal failed
             for index in todo:
-                if failed > limit:
-                    return
                 view = context.for_piece()
                 try:
                     results[index] = await branch(items[index], view)
                 except ServingGraphError as error:
                     failed += 1
                     results[index] = error
+                    if failed > limit:
+                        raise _TooManyFailed from None
 
         workers = [asyncio.ensure_future(work()) for _ in range(min(self.options.concurrency, len(items)))]
         try:
             await asyncio.gather(*workers)
+        except _TooManyFailed:
+            await cancel_all(workers)
         except BaseException:
             await cancel_all(workers)
             raise

@@ -59,6 +59,26 @@ def test_a_change_raises_the_revision_and_stands_in_the_audit_log(run, tmp_path)
     run(check())
 
 
+def test_a_change_holds_and_is_saved_when_the_audit_log_cannot_be_written(run, tmp_path, caplog):
+    async def check():
+        path = tmp_path / "logs" / "audit.jsonl"
+        control = Control(AuditLog(path))
+        catalog = Catalog(control)
+        await catalog.load([a_plan(state=str(tmp_path / "state.json"))])
+        path.unlink()
+        path.parent.rmdir()
+        seat = catalog.get("g").seats["test"]
+        assert {"weights": {"a": 1, "b": 3}} == control.change(seat, {"weights": {"a": 1, "b": 3}}, "ann")
+        assert ["ann"] == [change.who for change in control.audit.last()]
+        await catalog.stop()
+        saved = json.loads((tmp_path / "state.json").read_text())
+        assert {"weights": {"a": 1, "b": 3}, "revision": 1} == saved["g/1/test"]
+
+    run(check())
+    (error,) = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert error.endswith("No such file or directory; revision 1 of g/1 node 'test' is missing there")
+
+
 def test_unknown_settings_and_nodes_are_refused_with_the_nearest(run):
     async def check():
         control = Control()

@@ -340,6 +340,30 @@ def test_more_items_than_allowed_are_refused_and_leaving_ends_them(run, manual_c
     run(check())
 
 
+@pytest.mark.parametrize("tolerate", [0, 1])
+def test_once_too_many_items_have_failed_the_others_are_cancelled(run, manual_clock, tolerate):
+    ended = []
+
+    async def work(value):
+        try:
+            await asyncio.sleep(float(value["x"][0]))
+            raise ConnectionError("down")
+        except asyncio.CancelledError:
+            ended.append(float(value["x"][0]))
+            raise
+
+    async def check():
+        async with a_graph(routers.Map(work, concurrency=3, tolerate=tolerate)).mock() as server:
+            request = asyncio.ensure_future(server.infer(x=np.array([1, 2, 60, 60], np.float32)))
+            await manual_clock.advance(tolerate + 1)
+            with pytest.raises(StepFailed, match="ConnectionError: down"):
+                await request
+            assert ([2.0, 60.0] if not tolerate else [60.0, 60.0]) == ended
+            assert 0 == server.in_flight
+
+    run(check())
+
+
 def test_branches_that_give_different_tensors_for_different_rows_are_a_failure():
     def work(value):
         return {"y" if value["x"][0] else "z": value["x"]}

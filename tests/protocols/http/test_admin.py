@@ -60,6 +60,13 @@ def test_a_router_is_read_and_changed(http_server):
         ("PATCH", PATH, b'{"settings": {"weights": {"z": 1}}}', 400, "no branch"),
         ("PATCH", PATH, b'{"settings": {"weights": {"a": 1}}, "wo": 1}', 400, "settings"),
         ("PATCH", PATH, b'{"settings": {"weights": {"a": 1}}, "revision": "1"}', 400, "whole number"),
+        (
+            "PATCH",
+            PATH,
+            b'{"settings": {"weights": {"a": 1}}, "why": "%s"}' % (b"x" * 5000),
+            400,
+            "5000 characters, 4096 at most",
+        ),
         ("POST", PATH, b"{}", 405, "Method Not Allowed"),
         ("GET", "/admin/audit?limit=all", b"", 400, "whole number"),
         ("GET", "/admin/audit?limit=%C2%B2", b"", 400, "whole number"),  # a digit, but no number

@@ -19,6 +19,9 @@ from servinggraph.protocols.http.endpoints.routing import Endpoint, json_object,
 
 __all__ = ["routes"]
 
+_LONGEST = 4096
+"""Most characters of who asks for a change, and why."""
+
 _GRAPH = "/admin/graphs/{name:segment}"
 
 
@@ -106,6 +109,8 @@ def _change(document: dict[str, Any]) -> tuple[dict[str, Any], str, str, int | N
     who, why, revision = document.get("who", ""), document.get("why", ""), document.get("revision")
     if type(who) is not str or type(why) is not str or not (revision is None or type(revision) is int):
         raise InvalidRequest("'who' and 'why' are text, 'revision' is a whole number")
+    if len(who) + len(why) > _LONGEST:  # the log of changes keeps a thousand in memory
+        raise InvalidRequest(f"'who' and 'why' have {len(who) + len(why)} characters, {_LONGEST} at most")
     return settings, who, why, revision
 
 
