@@ -82,6 +82,12 @@ def build(
             write_context(collected, Path(folder), base or default_base(), overrides)
             click.echo(f"building {tag} with {found}: {len(collected.files)} files, {len(collected.requirements)} requirements")
             done = subprocess.run(build_command(found, Path(folder), tag, more), check=False)  # noqa: S603  (what the person at the terminal asked for)
+        if done.returncode and base is None:
+            click.echo(
+                f"not built. Is the base missing? deploy/docker/Dockerfile of the repository makes {default_base()}, "
+                "and --base names another",
+                err=True,
+            )
         sys.exit(done.returncode)
     except (GraphInvalid, CannotCollect, NoEngine, OSError) as error:
         click.echo(str(error), err=True)

@@ -157,10 +157,10 @@ def test_it_wants_a_name_or_a_folder_and_not_both(project, tmp_path):
     assert 2 == run(project / "graph.yaml", "-t", "x", "--context-only", tmp_path / "out").exit_code
 
 
-def an_engine(folder, name, info=0):
+def an_engine(folder, name, info=0, status=0):
     folder.mkdir(exist_ok=True)
     script = folder / name
-    script.write_text(f'#!/bin/sh\n[ "$1" = info ] && exit {info}\necho "$@" > {folder}/{name}.asked\n')
+    script.write_text(f'#!/bin/sh\n[ "$1" = info ] && exit {info}\necho "$@" > {folder}/{name}.asked\nexit {status}\n')
     script.chmod(0o755)
 
 
@@ -172,6 +172,16 @@ def test_the_first_engine_that_answers_builds_with_what_stands_behind_two_dashes
     assert 0 == done.exit_code, done.output
     assert (tmp_path / "bin" / "podman.asked").read_text().startswith("build --format docker -t built:1 --build-arg A=b -f ")
     assert not (tmp_path / "bin" / "docker.asked").exists()
+
+
+def test_a_build_that_fails_ends_with_its_status_and_says_where_the_base_comes_from(project, tmp_path, monkeypatch):
+    an_engine(tmp_path / "bin", "docker", status=125)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    done = run(project / "graph.yaml", "-t", "built:1")
+    assert 125 == done.exit_code
+    assert "deploy/docker/Dockerfile of the repository makes servinggraph:" in done.stderr
+    done = run(project / "graph.yaml", "-t", "built:1", "--base", "mine:1")
+    assert (125, "") == (done.exit_code, done.stderr)
 
 
 def test_without_an_engine_it_says_what_there_could_be(project, tmp_path, monkeypatch):
