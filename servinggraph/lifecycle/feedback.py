@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from servinggraph.errors import GraphNotFound, InvalidRequest, RequestNotFound, nearest
+from servinggraph.errors import GraphNotFound, InvalidRequest, RequestNotFound, ServingGraphError, nearest
 from servinggraph.interfaces import Feedback, Receipt
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ def give_feedback(seats: Mapping[str, RouterSeat], record: Feedback, graph: str)
     """Hand an outcome to every router of a graph that can use it; return what became of it, by router.
 
     Raises:
-        InvalidRequest: no router of the graph takes such feedback, or one that does cannot use it.
+        InvalidRequest: no router of the graph takes such feedback, or one that does cannot use it; the text then says which
+            others have taken it.
         RequestNotFound: no router remembers the request.
         GraphNotFound: `record.node` is no router.
     """
@@ -67,12 +68,21 @@ def give_feedback(seats: Mapping[str, RouterSeat], record: Feedback, graph: str)
             raise GraphNotFound(f"graph '{graph}' has no router '{record.node}'{nearest(record.node, list(seats))}")
         seats = {record.node: seats[record.node]}
     receipts: dict[str, Receipt] = {}
+    refusal: ServingGraphError | None = None
     for name, seat in seats.items():
-        receipt = seat.router.feedback(record)
+        try:
+            receipt = seat.router.feedback(record)
+        except ServingGraphError as error:  # which must not depend on the order of the routers
+            refusal = refusal or error
+            continue
         if receipt is Receipt.UNKNOWN and seat.pass_on(record):
             receipt = Receipt.PASSED_ON
         if receipt is not Receipt.UNUSED:
             receipts[name] = receipt
+    if refusal is not None:
+        if taken := [name for name, receipt in receipts.items() if receipt is Receipt.TAKEN]:
+            refusal.message += f"; taken by {', '.join(taken)}"
+        raise refusal
     if not receipts:
         text = f"graph '{graph}' has no router that could use this feedback: one that learns from '{record.metric:.100}'"
         raise InvalidRequest(f"{text} with a branch '{record.variant:.100}'" if record.variant else text)

@@ -203,6 +203,23 @@ def test_a_reward_that_is_none_is_refused(reward, text):
             server.feedback("r", reward=reward)
 
 
+@pytest.mark.parametrize("order", [("wide", "narrow"), ("narrow", "wide")])
+def test_a_router_that_refuses_feedback_keeps_no_other_from_it(order):
+    ranges = {"wide": [0, 10], "narrow": [0, 1]}
+    graph = Graph("g", {"x": ("FP32", [-1])})
+    at = graph
+    for name in order:
+        at = at.to(routers.Bandit({"a": lambda value: value}, "thompson", reward_range=ranges[name]), name)
+    with at.respond().mock() as server:
+        server.infer(x=X, id="r")
+        with pytest.raises(InvalidRequest, match="router 'narrow' takes rewards from 0 to 1 .*, got 5; taken by wide"):
+            server.feedback("r", reward=5)
+        assert 5.0 == server.router("wide").report()["rewards"]["a"]["mean"]
+        assert {"wide": "duplicate", "narrow": "taken"} == server.feedback("r", reward=0.5)
+        with pytest.raises(InvalidRequest, match="got 50$"):
+            server.feedback("r", reward=50)
+
+
 def test_feedback_over_http_says_what_became_of_it():
     with a_graph().mock() as server:
         server.infer(x=X, id="r")

@@ -159,4 +159,8 @@ def _typed(array: Array, dtype: np.dtype[Any]) -> Array:
         encoded = np.empty(array.shape, object)
         encoded[...] = np.vectorize(lambda text: text.encode() if isinstance(text, str) else text, otypes=[object])(array)
         return encoded
-    return array.astype(dtype)
+    with np.errstate(over="ignore"):
+        typed = array.astype(dtype)
+    if kind == "f" and not np.array_equal(np.isinf(array.astype(float)), np.isinf(typed)):
+        raise ValueError(f"its values go beyond {dtype}")
+    return typed

@@ -199,6 +199,8 @@ def test_policies_that_make_no_sense_are_refused(options: Any, text: str) -> Non
         (None, 1, "needs its outputs, which are not known"),
         (("FP32", [-1, -1]), 1, "have to be known, all but the first axis"),
         (("UINT8", [-1]), 300, "go beyond uint8"),
+        (("FP16", [-1]), [1.0, 1e6], "go beyond float16"),
+        (("BF16", [-1]), 1e300, "go beyond bfloat16"),
         (("INT64", [-1]), 1.5, "its values are float64, expected int64"),
     ],
 )
