@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import ssl
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
 
 import aiohttp
 from yarl import URL
@@ -13,6 +14,11 @@ from yarl import URL
 from servinggraph.steps.remote.failures import broken, garbage, unreachable
 
 __all__ = ["HttpAnswer", "HttpClient"]
+
+
+_WATCHED: Final = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
+"""A peer that has vanished without a word is noticed after a minute: seconds before the first probe and between them, how many,
+and milliseconds for what it has not acknowledged."""
 
 
 class HttpAnswer(NamedTuple):
@@ -41,7 +47,7 @@ class HttpClient:
         self._max_bytes = max_bytes
         self._connect_timeout_s = connect_timeout_s
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=connections, ssl=trusted),
+            connector=aiohttp.TCPConnector(limit=connections, ssl=trusted, socket_factory=_socket),
             # Deadlines are the executor's; it cancels.
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -97,6 +103,17 @@ class HttpClient:
     async def close(self) -> None:
         """Close all connections."""
         await self._session.close()
+
+
+def _socket(address: Any) -> socket.socket:
+    """Return a socket for a connection; without it a call that has no deadline could wait for ever."""
+    family, kind, protocol, *_ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _WATCHED.items():
+        if (option := getattr(socket, name, None)) is not None:  # not every system has them all
+            made.setsockopt(socket.IPPROTO_TCP, option, value)
+    return made
 
 
 def _reason(error: Exception) -> str:

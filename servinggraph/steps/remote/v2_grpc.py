@@ -66,6 +66,10 @@ class GrpcTransport:
                 # After a failure gRPC tries again at its own pace, up to two minutes apart: too late for a breaker's probe.
                 ("grpc.initial_reconnect_backoff_ms", 100),
                 ("grpc.max_reconnect_backoff_ms", 1000),
+                # A peer that has vanished without a word would hold the channel for a quarter of an hour: what it has not
+                # acknowledged after this while (TCP_USER_TIMEOUT) ends it. Pings are as rare as servers put up with.
+                ("grpc.keepalive_time_ms", 330_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
                 # Another graph's connection, and its pause after a failure, are its own.
                 ("grpc.use_local_subchannel_pool", 1),
             ],

@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import os
+import socket
 import time
 import traceback
+from pathlib import Path
 
 import pytest
 
@@ -354,3 +357,26 @@ def test_a_batch_keeps_the_other_members_of_an_ensemble_when_one_is_another_serv
 
     assert [[0], [1], [2]] == [reply.outputs["y"].tolist() for reply in asyncio.run(main())]
     assert 1 == place.requests
+
+
+def options_of_connections_to(port, level, option):
+    """Return the values that a socket option has on the connections of this process to a port."""
+    found = set()
+    for descriptor in Path("/proc/self/fd").iterdir():
+        try:
+            with socket.socket(fileno=os.dup(int(descriptor.name))) as connection:
+                if connection.getpeername()[1] == port:
+                    found.add(connection.getsockopt(level, option))
+        except (OSError, IndexError):  # no socket, or one without a port
+            continue
+    return found
+
+
+def test_a_server_that_vanishes_without_a_word_is_noticed(other):
+    for url, milliseconds in ((other.http, 60_000), (other.grpc, 10_000)):
+        port = int(url.rpartition(":")[2])
+        with v2(url).mock() as server:
+            server.infer(x=[1])
+            assert {milliseconds} == options_of_connections_to(port, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+            if url == other.http:
+                assert {1} == options_of_connections_to(port, socket.SOL_SOCKET, socket.SO_KEEPALIVE)
