@@ -126,6 +126,11 @@ class RouterSeat:
             return False
         return self._sharing.pass_on(record)
 
+    async def hand_over(self) -> None:
+        """Have the store know all that was learned here, for the one that takes its place and goes by the store."""
+        if self._sharing is not None:
+            await self._sharing.hand_out()
+
     def let_go(self) -> None:
         """Have the router end what no caller waits for; it is stopped soon."""
         self.router.let_go()
@@ -250,7 +255,9 @@ class Control:
 
     async def remembered(self, seat: RouterSeat, store: StateStore) -> dict[str, Any] | None:
         """Return what a starting router takes up: of the one that it replaces, or what was saved."""
-        before = self._seats.setdefault(seat.key, [])
+        if before := self._seats.get(seat.key):
+            await before[-1].hand_over()
+        before = self._seats.setdefault(seat.key, [])  # anew: the one before may have left meanwhile
         document = before[-1].document() if before else await asyncio.to_thread(store.load, seat.key)
         before.append(seat)
         return document

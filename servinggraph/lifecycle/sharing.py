@@ -63,6 +63,7 @@ class Sharing:
         self._key = key
         self._saver = saver
         self._behind = False  # the store knows an earlier revision of the settings
+        self._one = asyncio.Lock()  # exchanges at a time
         self._worker = uuid4().hex
         self._number = 0
         self._unsent: Learned | None = None
@@ -110,6 +111,10 @@ class Sharing:
         if await self._try() and again:
             await self._try()  # the first one sent what had been handed out before
 
+    async def hand_out(self) -> None:
+        """Exchange now; where that fails it is said."""
+        await self._try()
+
     async def exchange(self) -> None:
         """Hand out and take in once.
 
@@ -117,6 +122,10 @@ class Sharing:
             StateFailed: the store cannot be reached, and what was handed out is sent again the next time; or what is there
                 cannot be taken up.
         """
+        async with self._one:
+            await self._exchange()
+
+    async def _exchange(self) -> None:
         if self._unsent is None:
             self._unsent = self._router.hand_out()
             self._number += 1

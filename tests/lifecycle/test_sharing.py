@@ -14,7 +14,10 @@ import redis
 
 from servinggraph import Graph, routers
 from servinggraph.errors import InvalidRequest, RequestNotFound, StepFailed
-from servinggraph.interfaces import Learned
+from servinggraph.interfaces import Feedback, Learned
+from servinggraph.lifecycle import Control
+from servinggraph.lifecycle.catalog import Catalog
+from servinggraph.lifecycle.feedback import give_feedback
 from servinggraph.state import RedisStore, StateFailed, open_store
 
 X = np.array([1.0], np.float32)
@@ -174,6 +177,27 @@ def test_settings_changed_in_one_worker_hold_in_all_and_forgetting_too(run, manu
             assert {"a": 1, "b": 0} == counts(one) == counts(other)
 
     run(check())
+
+
+def test_a_graph_that_is_loaded_anew_knows_what_the_one_before_has_not_sent_yet(run, manual_clock, redis_url, name, caplog):
+    async def check():
+        control = Control()
+        old, new = Catalog(control), Catalog(control)
+        plan = a_graph(redis_url, name).compile()
+        await old.load([plan])
+        for _ in range(3):
+            give_feedback(old.get(name).seats, Feedback(variant="a", reward=1.0), name)
+        await new.load([a_graph(redis_url, name).compile()])
+        known = lambda: new.get(name).seats["score"].router.report()["rewards"]["a"]["count"]  # noqa: E731
+        assert 3 == known()
+        give_feedback(old.get(name).seats, Feedback(variant="a", reward=1.0), name)
+        await old.stop()
+        await exchanged(manual_clock)
+        assert 4 == known()
+        await new.stop()
+
+    run(check())
+    assert [] == [record.message for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_settings_that_could_not_be_saved_are_saved_once_they_can_be(run, manual_clock, redis_url, name, monkeypatch, caplog):
