@@ -9,12 +9,12 @@ from http.client import HTTPException
 from typing import Any, NoReturn
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote
-from urllib.request import ProxyHandler, Request, build_opener
+from urllib.request import Request
 
 import click
 import orjson
 
-from servinggraph.cli.params import SECONDS, server_address
+from servinggraph.cli.params import SECONDS, opener, server_address
 
 __all__ = ["compare", "report_text"]
 
@@ -166,7 +166,7 @@ def _asked(request: Request, token: str, timeout_s: float) -> dict[str, Any]:
     if token:
         request.add_header("authorization", f"Bearer {token}")
     try:
-        with build_opener(ProxyHandler({})).open(request, timeout=timeout_s) as response:
+        with opener().open(request, timeout=timeout_s) as response:
             text = response.read()
     except HTTPError as error:
         with error:

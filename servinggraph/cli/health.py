@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from servinggraph.cli.params import SECONDS, server_address
+from servinggraph.cli.params import SECONDS, opener, server_address
 
 __all__ = ["health"]
 
@@ -18,12 +18,11 @@ __all__ = ["health"]
 def health(url: str, live: bool, timeout_s: float) -> None:
     """Ask the server at URL whether it is ready; the exit status is 0 when it is."""
     from http.client import HTTPException
-    from urllib.request import ProxyHandler, build_opener
 
     server_address(url)
     asked = f"{url.rstrip('/')}/v2/health/{'live' if live else 'ready'}"
     try:
-        with build_opener(ProxyHandler({})).open(asked, timeout=timeout_s):
+        with opener().open(asked, timeout=timeout_s):
             click.echo("live" if live else "ready")
     except (OSError, HTTPException) as error:
         click.echo(f"{asked}: {error}", err=True)

@@ -1,4 +1,4 @@
-"""Values that several commands take: addresses of servers, seconds, headers."""
+"""What several commands take and do alike: addresses of servers, seconds, headers, and requests over HTTP."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import Any, Final
 from urllib.parse import SplitResult, urlsplit
+from urllib.request import HTTPRedirectHandler, OpenerDirector, ProxyHandler, Request, build_opener
 
 import click
 
-__all__ = ["SECONDS", "headers_from", "server_address", "texts_from"]
+__all__ = ["SECONDS", "headers_from", "opener", "server_address", "texts_from"]
 
 _HEADER: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
@@ -27,6 +28,19 @@ class _Seconds(click.FloatRange):
 
 
 SECONDS: Final = _Seconds()
+
+
+class _Stay(HTTPRedirectHandler):
+    """Follows no redirect: it would take a token along to whoever it names, and a page to log in is not `ready`."""
+
+    def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Request | None:
+        fp.close()
+        raise OSError(f"it answered {code} and names {newurl}: redirects are not followed")
+
+
+def opener() -> OpenerDirector:
+    """Return what sends requests to the address that it is given, and to no other."""
+    return build_opener(ProxyHandler({}), _Stay)
 
 
 def server_address(url: str, schemes: Sequence[str] = ("http", "https")) -> SplitResult:

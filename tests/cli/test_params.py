@@ -5,6 +5,7 @@ import threading
 import time
 from concurrent import futures
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import click
 import grpc
@@ -63,14 +64,26 @@ def test_a_token_that_no_header_can_hold_is_not_printed():
     assert "hunter" not in done.output
 
 
+def go_elsewhere(handler):
+    """Answer with a redirect."""
+    handler.send_response(302)
+    handler.send_header("Location", handler.path.replace("redirect", "stolen") + "?login")
+    handler.send_header("Content-Length", "0")
+    handler.end_headers()
+
+
 class Foreign(BaseHTTPRequestHandler):
     """Another V2 server: without binary tensors, with a datatype of its own, and answers only to those with a token."""
 
     protocol_version = "HTTP/1.1"
+    asked: ClassVar[list[str]]
 
     def do_GET(self):
+        self.asked.append(self.path)
         if "secret" not in self.headers.get("authorization", ""):
             self.answer(401, {"error": "who are you"})
+        elif "redirect" in self.path:
+            go_elsewhere(self)
         elif "list" in self.path:
             self.answer(200, [])
         else:
@@ -79,6 +92,9 @@ class Foreign(BaseHTTPRequestHandler):
 
     def do_POST(self):
         self.rfile.read(int(self.headers["content-length"]))
+        if "redirect" in self.path:
+            self.do_GET()
+            return
         self.answer(200, {"model_name": "m", "outputs": [{"name": "y", "datatype": "BYTES", "shape": [1], "data": ["ü"]}]})
 
     def answer(self, status, document):
@@ -95,6 +111,7 @@ class Foreign(BaseHTTPRequestHandler):
 @pytest.fixture
 def foreign():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Foreign)
+    Foreign.asked = []
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -136,3 +153,25 @@ def test_a_grpc_server_that_says_nothing_is_not_waited_for_longer_than_asked():
     finally:
         silence.set()
         server.stop(None).wait()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["compare", "{url}", "g", "n", "--token", "secret"],
+        ["infer", "{url}", "m", "--body", "{}", "--header", "Authorization=secret"],
+        ["infer", "{url}", "m", "-i", "[1]", "--header", "Authorization=secret"],
+    ],
+)
+def test_a_redirect_is_not_followed_and_takes_no_token_along(foreign, arguments):
+    done = run(*(argument.replace("{url}", f"{foreign}/redirect") for argument in arguments))
+    assert (1, True) == (done.exit_code, "302" in done.output), done.output
+    assert Foreign.asked
+    assert not [path for path in Foreign.asked if "stolen" in path]
+
+
+@pytest.mark.parametrize("arguments", [["health"], ["top", "--once"]])
+def test_a_page_that_a_redirect_leads_to_is_not_the_server(monkeypatch, foreign, arguments):
+    monkeypatch.setattr(Foreign, "do_GET", go_elsewhere)
+    done = run(*arguments, foreign)
+    assert (1, True) == (done.exit_code, "redirects are not followed" in done.output), done.output

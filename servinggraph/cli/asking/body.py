@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.parse import quote
-from urllib.request import ProxyHandler, Request, build_opener
+from urllib.request import Request
 
 import click
+
+from servinggraph.cli.params import opener
 
 __all__ = ["ask_with_body", "model_url", "read_body"]
 
@@ -32,7 +34,7 @@ def ask_with_body(
     place = f"{model_url(url, model, version)}/invocations"
     request = Request(place, data, {"Content-Type": kind, **headers})  # noqa: S310  (http or https: Target has looked)
     try:
-        with build_opener(ProxyHandler({})).open(request, timeout=timeout_s) as answer:
+        with opener().open(request, timeout=timeout_s) as answer:
             return answer.status, answer.read().decode("utf-8", "replace")
     except HTTPError as error:
         with error:

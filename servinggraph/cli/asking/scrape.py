@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from urllib.request import ProxyHandler, build_opener
+
+from servinggraph.cli.params import opener
 
 __all__ = ["Look", "quantile", "scrape"]
 
@@ -47,7 +48,7 @@ def scrape(url: str) -> Look:
     """
     from prometheus_client.parser import text_string_to_metric_families
 
-    with build_opener(ProxyHandler({})).open(f"{url.rstrip('/')}/metrics", timeout=10) as answer:
+    with opener().open(f"{url.rstrip('/')}/metrics", timeout=10) as answer:
         text = answer.read().decode()
     values: dict[str, dict[Labels, float]] = {}
     for family in text_string_to_metric_families(text):
