@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from typing import Final
 from urllib.parse import quote, urlsplit
@@ -22,6 +22,7 @@ class Endpoint:
         host: name or address; an IPv6 address in brackets.
         port: its port.
         path: what stands before `/v2` in URLs; empty or with a slash in front.
+        shown: what texts for people call it, where its path may be secret.
     """
 
     protocol: str
@@ -29,6 +30,7 @@ class Endpoint:
     host: str
     port: int
     path: str = ""
+    shown: str = field(default="", compare=False)
 
     @property
     def target(self) -> str:
@@ -36,6 +38,11 @@ class Endpoint:
         return f"{self.host}:{self.port}"
 
     def __str__(self) -> str:
+        return self.shown or self.url
+
+    @property
+    def url(self) -> str:
+        """The address as it is used."""
         return f"{self.protocol}{'s' if self.tls else ''}://{self.target}{self.path}"
 
 

@@ -100,7 +100,7 @@ class Rest(Step[RestOptions]):
             text = f"needs packages that are not installed ({error}): pip install 'servinggraph[remote]'"
             raise GraphInvalid([Problem(text, node="step")]) from error
         base, rest = _split(options.url)
-        self._base = str(endpoint_of(base))
+        self._base = endpoint_of(base).url
         # The path may be secret as well.
         self._where = f"{options.method} {self.conceal(options.url).partition('?')[0]}"
         self._headers = plain_headers(options.headers, content_type=True)

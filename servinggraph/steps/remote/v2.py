@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
@@ -131,6 +132,10 @@ class V2(Step[V2Options]):
         self._ca = roots_of(self.base, self.options.tls_ca)
         self._headers = plain_headers(self.options.headers)
         self._hide = Secrets(self._headers.values()).hide
+        if any(endpoint.path for endpoint in self._endpoints):  # some gateways take a key there
+            self._endpoints = [replace(endpoint, shown=self.conceal(endpoint.url)) for endpoint in self._endpoints]
+            headers = self._hide
+            self._hide = lambda text: self.conceal(headers(text))
         self._passed = tuple(name.lower() for name in self.options.pass_headers)
         self._fleet: Fleet | None = None
         try:

@@ -39,8 +39,8 @@ class HttpTransport:
         self._client = client
         self._headers = headers
         place = f"models/{quote(model, safe='')}" + (f"/versions/{quote(version, safe='')}" if version else "")
-        self._infer_url = f"{endpoint}/v2/{place}/infer"
-        self._ready_url = f"{endpoint}/v2/health/ready"
+        self._infer_url = f"{endpoint.url}/v2/{place}/infer"
+        self._ready_url = f"{endpoint.url}/v2/health/ready"
 
     async def infer(self, call: Call) -> dict[str, Array]:
         body, length = _encoded(call)

@@ -224,6 +224,23 @@ def test_a_secret_in_the_address_of_a_callback_is_not_printed(bad_server, monkey
     assert "hunter" not in text
 
 
+def test_a_secret_in_the_path_of_an_address_is_not_printed(bad_server, monkeypatch, caplog):
+    monkeypatch.setenv("FAR_TOKEN", "hunter22 long")
+    place = bad_server(quoting(lambda: place))
+    graph = v2([place.url + "/${FAR_TOKEN}", "http://127.0.0.1:1/${FAR_TOKEN}"], ejection={"failures": 1}, metadata="compare")
+    texts = [graph.compile().nodes[0].work.describe()]
+    with pytest.raises(StepFailed, match="is not what is declared: it answered 404: Cannot GET /") as failed, graph.mock():
+        pass
+    texts += traceback.format_exception(failed.value)
+    place.behave = lambda connection: connection.sendall(answer("503 Busy", b"Cannot " + place.seen[-1].split()[1]))
+    for url, text in ((place.url, "answered 503: Cannot /"), ("http://127.0.0.1:1", "cannot connect to http://127.0.0.1:1/")):
+        ended, whole = failure_of(v2(url + "/${FAR_TOKEN}"))
+        assert text in ended.message
+        texts.append(whole)
+    assert "${FAR_TOKEN}" in texts[0]
+    assert "hunter" not in "".join(texts) + caplog.text
+
+
 @pytest.mark.parametrize("metadata", ["compare", "require"])
 def test_a_secret_is_not_printed_at_load(bad_server, monkeypatch, caplog, metadata):
     monkeypatch.setenv("FAR_TOKEN", SECRET)
