@@ -3,7 +3,7 @@
 import pytest
 
 from servinggraph import Graph
-from servinggraph.errors import GraphInvalid
+from servinggraph.errors import GraphInvalid, StepFailed
 from servinggraph.kafka import KafkaOptions, OutputOptions, SecurityOptions
 
 LEAST = {"brokers": "127.0.0.1:9092", "input": {"topics": ["in"], "group": "g"}, "output": {"topic": "out"}}
@@ -50,6 +50,25 @@ def test_what_cannot_work_is_refused_at_compile_time(kafka, text):
         compiled(**kafka)
 
     assert text in str(refused.value)
+
+
+def test_certificates_are_looked_for_from_the_graph_files_folder(tmp_path):
+    block = "brokers: '127.0.0.1:9', security: {protocol: ssl, ca: certs/ca.pem, cert: /run/client.pem, key: /run/client.key}"
+    (tmp_path / "graph.yaml").write_text(
+        "graph: g\ninputs: {x: {datatype: FP32, shape: [-1]}}\n"
+        f"nodes:\n  seen: {{step: publish, topic: seen, {block}}}\nanswer: seen\n"
+        f"kafka: {{{block}, input: {{topics: [in], group: g}}, output: {{topic: out}}}}\n"
+    )
+    plan = Graph.load(tmp_path / "graph.yaml").compile()
+
+    security = plan.kafka.security
+    assert (str(tmp_path / "certs" / "ca.pem"), "/run/client.pem", "/run/client.key") == (
+        security.ca,
+        security.cert,
+        security.key,
+    )
+    with pytest.raises(StepFailed, match=f"ca '{tmp_path}/certs/ca.pem'"):
+        plan.nodes[0].work.load(None)
 
 
 def test_a_password_is_in_no_text():

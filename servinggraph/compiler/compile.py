@@ -116,7 +116,7 @@ def compile_graph(
         body=takes_body,
         body_keys=body_keys(nodes.values()) if takes_body else None,
         sequences=spec.sequences,
-        kafka=spec.kafka,
+        kafka=spec.kafka and spec.kafka.below(source.base),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, Final, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -50,7 +51,9 @@ class SecurityOptions(Options):
         None,
         description="For OAUTHBEARER: `module:Class` of an aiokafka AbstractTokenProvider, made without arguments.",
     )
-    ca: str | None = Field(None, description="File with root certificates (PEM); by default the system's.")
+    ca: str | None = Field(
+        None, description="File with root certificates (PEM), from the graph file's folder; by default the system's."
+    )
     cert: str | None = Field(None, description="File with this client's certificate chain (PEM), for mutual TLS.")
     key: str | None = Field(None, description="File with the certificate's private key (PEM).")
     key_password: str | None = Field(None, repr=False, description="Password of the private key.")
@@ -70,6 +73,10 @@ class SecurityOptions(Options):
         if bool(self.cert) != bool(self.key):
             raise ValueError("'cert' and 'key' go together")
         return self
+
+    def below(self, base: Path) -> Self:
+        """Return the same with the files of a graph that is in a folder: relative ones start from there."""
+        return self.model_copy(update={key: str(base / file) for key in ("ca", "cert", "key") if (file := getattr(self, key))})
 
     def client_settings(self) -> dict[str, Any]:
         """Return the keyword arguments of an aiokafka client.
@@ -114,6 +121,10 @@ class ConnectionOptions(Options):
             if not host or not port.isdigit():
                 raise ValueError(f"each broker is 'host:port', got {address.strip()!r}")
         return brokers
+
+    def below(self, base: Path) -> Self:
+        """Return the same for a graph in a folder; see `SecurityOptions.below`."""
+        return self.model_copy(update={"security": self.security.below(base)})
 
     def client_settings(self) -> dict[str, Any]:
         """Return the keyword arguments of an aiokafka client; see `SecurityOptions.client_settings`.

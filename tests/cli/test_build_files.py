@@ -106,11 +106,16 @@ def test_labels_and_certificates_to_trust_come_along(write, out):
     labels = "outputs: {x: {datatype: FP32, shape: [-1, 2], labels: names/labels.txt}}\n"
     text = graph("filed_labels:same", more=labels).replace(
         "answer: a",
+        "  t: {step: publish, topic: seen, brokers: '127.0.0.1:9', security: {protocol: ssl, ca: topic.pem}}\n"
         "  b: {step: v2, url: 'https://127.0.0.1:9', model: m, tls_ca: ca.pem, inputs: {x: {datatype: FP32, shape: [-1, 2]}},\n"
-        "      outputs: {x: {datatype: FP32, shape: [-1, 2]}}}\nanswer: b",
+        "      outputs: {x: {datatype: FP32, shape: [-1, 2]}}}\nanswer: b\n"
+        "kafka: {brokers: '127.0.0.1:9', security: {protocol: ssl, ca: certs/ca.pem, cert: certs/me.pem, key: certs/me.key},\n"
+        "  input: {topics: [in], group: g}, output: {topic: out}}\n",
     )
     file = write("graph.yaml", text)
     write("filed_labels.py", SAME)
+    for name in ("topic.pem", "certs/ca.pem", "certs/me.pem", "certs/me.key"):
+        write(name, "")
     write("names/labels.txt", "no\nyes\n")
     write("key.pem", "")
     command = [
@@ -130,7 +135,8 @@ def test_labels_and_certificates_to_trust_come_along(write, out):
     subprocess.run(command, cwd=file.parent, check=True, capture_output=True)
     done = build(file, out)
     assert 0 == done.exit_code, done.output
-    assert ["ca.pem", "filed_labels.py", "graph.yaml", "names/labels.txt"] == files_in(out)
+    taken = ["ca.pem", "certs/ca.pem", "filed_labels.py", "graph.yaml", "names/labels.txt", "topic.pem"]
+    assert taken == files_in(out)
     assert 0 == in_image(out).returncode
 
 

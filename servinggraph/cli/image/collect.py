@@ -174,6 +174,9 @@ def _named(plan: Plan) -> Iterator[Path]:
                 raise _by_absolute_path(plan, needed[0], node.name)
             yield from map(_absolute, needed)
         yield from _labels(plan, node.outputs, work.base, node.name)
+    base = plan.nodes[0].work.base
+    if plan.kafka is not None and plan.kafka.security.ca is not None and base in (ca := Path(plan.kafka.security.ca)).parents:
+        yield ca  # whom to trust is no secret, other than certificate and key
     for inner in [plan, *(node.graph for node in nodes if node.graph is not None)]:
         yield from _labels(plan, inner.outputs, inner.nodes[0].work.base)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 from aiokafka import AIOKafkaProducer
@@ -198,14 +199,19 @@ class TopicStep(Step[TopicOptionsT]):
 
     def load(self, batch: BatchPolicy | bool | None) -> BatchPolicy | None:
         try:
-            self.options.client_settings()  # reads certificates, and finds what the options name
+            self.options.below(self.base).client_settings()  # reads certificates, and finds what the options name
         except (OSError, ImportProblem) as error:
             raise StepFailed(f"'security' of topic '{self.conceal(self.options.topic)}': {error}") from error
         return None
 
+    def files(self) -> Iterable[Path]:
+        # Whom to trust is no secret; who this is, the certificate and its key, is the machine's.
+        ca = self.options.security.ca
+        return [] if ca is None or Path(ca).is_absolute() else [self.base / ca]
+
     def writer(self) -> TopicWriter:
         """Return what writes to the topic; called on the event loop."""
-        return TopicWriter(self.options, self.conceal)
+        return TopicWriter(self.options.below(self.base), self.conceal)
 
     def impurity(self) -> str | None:
         return "writes to a topic"
