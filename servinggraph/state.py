@@ -203,8 +203,9 @@ class RedisStore(StateStore):
         self._failures = redis.RedisError
         try:
             self._client = redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5)
-        except ValueError as error:
-            raise StateFailed(f"not an address of a Redis: {error}") from error
+        except ValueError:  # whose text may have a part of the password
+            text = "redis://user:password@host:port/number is expected, with special characters of a password as %xx"
+            raise StateFailed(f"'state' is not an address of a Redis: {text}") from None
 
     def load(self, key: str) -> dict[str, Any] | None:
         try:

@@ -70,6 +70,12 @@ def test_a_redis_that_does_not_answer_is_said(tmp_path):
         store.save("k", {})
 
 
+def test_an_address_that_is_none_is_said_without_its_password(tmp_path):
+    with pytest.raises(StateFailed, match="'state' is not an address of a Redis.*special characters of a password") as caught:
+        open_store("redis://:hun/ter@localhost:6379/0", tmp_path)
+    assert "hun" not in str(caught.value)
+
+
 def test_a_document_in_redis_that_is_something_else_is_said(redis_url, tmp_path):
     with redis.Redis.from_url(redis_url) as client:
         client.set(f"servinggraph:state:{tmp_path}", b"{")

@@ -53,6 +53,9 @@ class RouterSeat:
 
     def changed(self, who: str, why: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
         self.router.revision += 1
+        if self.replaced_by is not None:
+            logger.info("router '%s' was changed by %s, but another has its place: %s", self.router.name, who, why)
+            return
         self._changed.update(after)
         self._control.audit.record(self.place, who, why, before, after, self.router.revision)
         self._save_after(0)
@@ -61,8 +64,13 @@ class RouterSeat:
         if self._sharing is None:  # what is shared is exchanged, and this worker's document would undo another's change
             self._save_after(SAVE_EVERY_S)
 
+    @property
+    def replaced_by(self) -> RouterSeat | None:
+        """The seat that has taken its place and keeps its state; None without one, or where both share it as workers do."""
+        return None if self._sharing is not None else self._control.successor(self)
+
     def _save_after(self, after_s: float) -> None:
-        if self._store is None or self._stopping:
+        if self._store is None or self._stopping or self.replaced_by is not None:
             return
         if self._timer is not None:
             if after_s:
@@ -92,6 +100,8 @@ class RouterSeat:
                 await sharing.start()
                 self._sharing = sharing
             self._store = store
+            if self._sharing is None and self._control.takes_over(self):
+                self._save_after(0)  # what the other has not saved yet
         except StateFailed as error:
             raise StepFailed(str(error)).at(self.router.name) from error
         except InvalidRequest as error:
@@ -178,6 +188,8 @@ class RouterSeat:
     async def _save(self) -> None:
         """Save what the router is to remember, with what others have changed meanwhile."""
         assert self._store is not None
+        if self.replaced_by is not None:
+            return
         while True:
             document, changed = self.document(), set(self._changed)
             # Of workers that share a state each saves only its own changes: a document of this revision is another's.
@@ -269,6 +281,15 @@ class Control:
         if at and type(seats[at - 1].router) is type(seat.router):
             seat.router.succeed(seats[at - 1].router)
 
+    def takes_over(self, seat: RouterSeat) -> bool:
+        """Tell whether there is another of the same router, which it replaces."""
+        return self._seats[seat.key][0] is not seat
+
+    def successor(self, seat: RouterSeat) -> RouterSeat | None:
+        """Return the seat that takes another's place, whether it serves already or not yet; None without one."""
+        seats = self._seats.get(seat.key, [])
+        return seats[-1] if seat in seats and seats[-1] is not seat else None
+
     def leave(self, seat: RouterSeat) -> bool:
         """Note that a router has stopped; return False when another has taken its place, and its state is that one's."""
         seats = self._seats.get(seat.key, [])
@@ -306,6 +327,9 @@ class Control:
         unknown = [name for name in changes if name not in before]
         if unknown and before:
             raise InvalidRequest(f"router '{router.name}' has no setting '{unknown[0]}'{nearest(unknown[0], list(before))}")
+        successor = seat.replaced_by
+        if successor is not None:  # the graph is being loaded anew: what is to serve soon has to have the change, too
+            Control.change(successor, changes, who, why)
         router.adjust(changes)
         after = router.settings()
         differing = [name for name in after if after[name] != before.get(name)]

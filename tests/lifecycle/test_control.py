@@ -174,6 +174,34 @@ def test_a_graph_that_is_reloaded_takes_up_the_settings_of_the_one_that_still_se
     run(check())
 
 
+def test_while_a_graph_is_loaded_anew_changes_reach_both_and_the_old_one_saves_nothing_more(run, tmp_path):
+    path = tmp_path / "state.json"
+
+    async def check():
+        control = Control()
+        old, new = Catalog(control), Catalog(control)
+        await old.load([a_plan(state=str(path))])
+        before = old.get("g").seats["test"]
+        await new.load([a_plan(state=str(path))])
+        after = new.get("g").seats["test"]
+        control.change(before, {"weights": {"a": 1, "b": 3}}, "ann")  # what was served when she asked
+        assert [{"weights": {"a": 1, "b": 3}}] * 2 == [seat.router.settings() for seat in (before, after)]
+        assert [("ann", 1)] == [(change.who, change.revision) for change in control.audit.last()]
+        with pytest.raises(InvalidRequest, match="no branch"):
+            control.change(before, {"weights": {"z": 1}})
+
+        before.router.adjust({"weights": {"a": 1}})  # by itself, as a canary does
+        before.changed("router", "its time came", {"weights": {"b": 3}}, {"weights": {"b": 0}})
+        before.keep()
+        await old.stop()
+        assert 1 == len(control.audit.last())
+        control.change(after, {"weights": {"a": 1, "b": 4}}, "eve")
+        await new.stop()
+        assert {"weights": {"a": 1, "b": 4}, "revision": 2} == json.loads(path.read_text())["g/1/test"]
+
+    run(check())
+
+
 def test_saved_state_that_does_not_fit_any_more_is_said_at_the_load(run, tmp_path):
     path = tmp_path / "state.json"
     path.write_text(json.dumps({"g/1/test": {"weights": {"gone": 1}}}))

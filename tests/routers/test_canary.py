@@ -217,7 +217,7 @@ def test_durations_are_those_of_a_tests_clock_whatever_time_it_shows():
 
     async def check():
         guardrails = {"slow": {"watch": "latency", "limit_ms": 1e6}}
-        async with a_graph(slow, slow, guardrails=guardrails).mock() as server:
+        async with a_graph(slow, slow, guardrails=guardrails, hold="1d").mock() as server:  # no step ends, and samples stay
             waiting = [asyncio.ensure_future(server.infer(x=X)) for _ in range(300)]
             await clock.advance(601)
             await asyncio.gather(*waiting)
