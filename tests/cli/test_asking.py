@@ -189,6 +189,16 @@ def test_numbers_that_a_datatype_cannot_hold_are_refused() -> None:
             tensors_from([f"x={value}"], wanted)
 
 
+@pytest.mark.parametrize(("datatype", "most"), [("FP16", 65504.0), ("FP32", 3.4e38), ("BF16", 3.3e38)])
+def test_numbers_beyond_a_datatype_do_not_become_infinite(tmp_path: Path, datatype: str, most: float) -> None:
+    wanted = [TensorMeta("x", datatype, (-1,))]
+    assert np.isfinite(tensors_from([f"[{most}]"], wanted)["x"].astype("f8")).all()
+    with pytest.raises(Exception, match=f"x: has values that {datatype} cannot hold"):
+        tensors_from([f"[{most * 2}]"], wanted)
+    np.save(tmp_path / "x.npy", np.array([np.inf, np.nan]))  # as they were
+    assert np.isinf(tensors_from([f"@{tmp_path}/x.npy"], wanted)["x"].astype("f8")).tolist() == [True, False]
+
+
 @pytest.mark.parametrize("scheme", ["http", "grpc"])
 @pytest.mark.parametrize("more", [[], ["--rate", "100"]])
 def test_a_load_is_counted_and_drawn(urls: dict[str, str], scheme: str, more: list[str], tmp_path: Path) -> None:

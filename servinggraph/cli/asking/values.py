@@ -170,10 +170,12 @@ def _as_array(value: Any, tensor: TensorMeta, where: str) -> Array:
         array = np.asarray(value)
         if array.dtype.kind not in "biuf" and array.dtype != dtype:
             raise click.UsageError(f"{where}: is no array of numbers, and the model takes {tensor.datatype}")
-        converted = array.astype(dtype)
+        with np.errstate(all="ignore"):  # what does not fit is found out below
+            converted = array.astype(dtype)
     except (ValueError, OverflowError) as error:
         raise click.UsageError(f"{where}: {error}") from error
-    if dtype.kind in "iub" and not np.array_equal(converted, array):
+    fits = (converted == array) if dtype.kind in "iub" else np.isinf(converted.astype("f8")) == np.isinf(array.astype("f8"))
+    if not fits.all():
         raise click.UsageError(f"{where}: has values that {tensor.datatype} cannot hold")
     return converted
 
