@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Final
 
-from servinggraph.errors import Conflict, GraphNotFound, InvalidRequest, StepFailed, nearest
+from servinggraph.errors import Conflict, GraphNotFound, InvalidRequest, StepFailed, Unavailable, nearest
 from servinggraph.interfaces import Feedback, Router
 from servinggraph.lifecycle.audit import AuditLog
 from servinggraph.lifecycle.sharing import Sharing
@@ -135,6 +135,30 @@ class RouterSeat:
         if self._sharing is None or type(self.router).knows is Router.knows:
             return False
         return self._sharing.pass_on(record)
+
+    def require_running(self) -> None:
+        """Check that what is told to the router now is not lost.
+
+        Raises:
+            Unavailable: its graph has left memory, or the server stops.
+        """
+        if self._stopping:
+            graph, _, node = self.place
+            text = f"graph '{graph}' is not in memory: router '{node}' listens again once a request has brought it back"
+            raise Unavailable(text)
+
+    def take_over(self, before: RouterSeat) -> None:
+        """Go on as a router that had left memory: with its settings and what it had learned, and the requests it waits for."""
+        if type(before.router) is not type(self.router):
+            return
+        if self._store is None:  # else it has that from there
+            try:
+                self._recall(before.document())
+            except InvalidRequest as error:
+                text = "router '%s' begins anew: what it was before it left memory does not fit any more: %s"
+                logger.error(text, self.router.name, error)
+                return
+        self.router.succeed(before.router)
 
     async def hand_over(self) -> None:
         """Have the store know all that was learned here, for the one that takes its place and goes by the store."""
@@ -319,7 +343,9 @@ class Control:
         Raises:
             InvalidRequest: a setting that there is not, or a value that it cannot have.
             Conflict: somebody else has changed it meanwhile.
+            Unavailable: its graph is not in memory.
         """
+        seat.require_running()
         router = seat.router
         if revision is not None and revision != router.revision:
             raise Conflict(f"router '{router.name}' is at revision {router.revision}, not {revision}: read it again")

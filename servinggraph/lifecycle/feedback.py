@@ -62,6 +62,7 @@ def give_feedback(seats: Mapping[str, RouterSeat], record: Feedback, graph: str)
             others have taken it.
         RequestNotFound: no router remembers the request.
         GraphNotFound: `record.node` is no router.
+        Unavailable: the graph is not in memory.
     """
     if record.node:
         if record.node not in seats:
@@ -69,6 +70,8 @@ def give_feedback(seats: Mapping[str, RouterSeat], record: Feedback, graph: str)
         seats = {record.node: seats[record.node]}
     receipts: dict[str, Receipt] = {}
     refusal: ServingGraphError | None = None
+    for seat in seats.values():
+        seat.require_running()
     for name, seat in seats.items():
         try:
             receipt = seat.router.feedback(record)

@@ -256,6 +256,9 @@ class Residence:
             await self.discard(built)
             raise _Replaced
         record.failure = None
+        for name, seat in built.graph.seats.items():
+            if name in old.seats:
+                seat.take_over(old.seats[name])
         record.graph, record.built = built.graph, built
         record.state = "READY"
         self.budget.add(record)

@@ -8,7 +8,9 @@ import sys
 import pytest
 
 from servinggraph import Context
-from servinggraph.errors import DeadlineExceeded, GraphNotFound, LoadFailed
+from servinggraph.errors import DeadlineExceeded, GraphNotFound, LoadFailed, Unavailable
+from servinggraph.interfaces import Receipt
+from servinggraph.lifecycle import Control
 from servinggraph.lifecycle.residence import MADE_ROOM
 
 SLOW_LOAD = """\
@@ -68,6 +70,48 @@ def test_the_least_recently_used_makes_room_and_comes_back_for_a_request(folder,
             assert ("c", "1", "UNAVAILABLE", MADE_ROOM) == (await running.repository.index())[2]
             assert running.catalog.ready
             assert running.catalog.get("c").ready
+
+    go(check)
+
+
+WITH_ROUTER = """\
+inputs: {x: {datatype: FP32, shape: [-1]}}
+nodes:
+  test:
+    router: ROUTER
+    branches: {a: {step: python, call: "steps:work"}, b: {step: python, call: "steps:work"}}
+answer: test
+"""
+
+
+@pytest.mark.parametrize("state", ["", "\n    state: state.json"])
+def test_a_graph_that_comes_back_has_its_routers_as_they_were(folder, opened, state):
+    for name, router in (("champion", "champion\n    champion: a"), ("bandit", "bandit\n    policy: ucb1")):
+        folder.write(name, 1)
+        (folder.path / name / "graph.yaml").write_text(WITH_ROUTER.replace("ROUTER", router + state))
+
+    async def check():
+        async with opened("explicit", load=["champion"], max_loaded=1) as running:
+            seat = lambda name: running.catalog.get(name).seats["test"]  # noqa: E731
+            feedback = running.serving.feedback
+            Control.change(seat("champion"), {"champion": "b"})
+            await running.repository.load("bandit")
+            with pytest.raises(
+                Unavailable, match="graph 'champion' is not in memory: router 'test' listens again once a request"
+            ):
+                Control.change(seat("champion"), {"champion": "a"})
+            await running.ask("bandit", context=Context("r"))
+            assert {"test": Receipt.TAKEN} == feedback("bandit", {"variant": "a", "reward": 1.0})
+            await running.ask("champion")
+            assert {"champion"} == loaded(running)
+            assert "b" == seat("champion").router.settings()["champion"]
+            assert 1 == seat("champion").router.revision
+            with pytest.raises(Unavailable, match="graph 'bandit' is not in memory"):
+                feedback("bandit", {"id": "r", "reward": 1.0})
+            await running.ask("bandit")
+            assert {"test": Receipt.TAKEN} == feedback("bandit", {"id": "r", "reward": 1.0})
+            rewards = seat("bandit").router.report()["rewards"]
+            assert (2, 2) == tuple(sum(found[what] for found in rewards.values()) for what in ("requests", "count"))
 
     go(check)
 

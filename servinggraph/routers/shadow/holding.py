@@ -59,11 +59,18 @@ def held_bytes(*values: Any) -> int:
             if item.dtype != object:
                 continue
         else:
-            total += max(size, sys.getsizeof(item, _OBJECT)) * times
+            total += max(size, _size_of(item)) * times
         number, some = _parts(item)
         if number:
             waiting.extend([(part, times * number / len(some)) for part in some])
     return int(total)
+
+
+def _size_of(item: Any) -> int:
+    try:
+        return sys.getsizeof(item, _OBJECT)
+    except Exception:  # an object may say itself how large it is, and fail to
+        return _OBJECT
 
 
 def _parts(item: Any) -> tuple[int, Sequence[Any]]:

@@ -146,3 +146,11 @@ def test_bytes_are_those_that_a_value_keeps_in_memory():
     assert 5_000_000 < held_bytes({"t": texts}) < 6_000_000
     document = {"items": [{"text": f"{number:1000}"} for number in range(5000)]}
     assert 3_000_000 < held_bytes(document) < 10_000_000
+
+
+def test_an_object_that_cannot_say_its_size_takes_a_little():
+    class Odd:
+        def __sizeof__(self):
+            raise RuntimeError("no size")
+
+    assert 64 == held_bytes(Odd())
