@@ -111,6 +111,30 @@ def test_expressions_say_what_python_says(text, expected):
     assert expected is Expression(text).holds({"x": X}, context)
 
 
+@pytest.mark.parametrize(
+    "plan", [np.array([b"gold", b"new"], object), np.array(["gold", "new"], object), np.array([b"gold", b"new"])]
+)
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("inputs['plan'][0] == 'gold'", True),
+        ("'gold' != inputs['plan'][0]", False),
+        ("inputs['plan'][0] in ['silver', 'gold']", True),
+        ("inputs['plan'][1] not in ('silver', 'gold')", True),
+        ("'gold' in inputs['plan']", True),
+        ("'silver' in inputs['plan']", False),
+        ("any(inputs['plan'] == 'new')", True),
+        ("all(inputs['plan'] != 'old')", True),
+        ("'old' in inputs['plan'][0]", True),
+        ("inputs['plan'][0] < 'h'", True),
+        ("inputs['plan'][0] == inputs['plan'][1]", False),
+        ("inputs['plan'][0] in inputs['plan']", True),
+    ],
+)
+def test_the_elements_of_a_bytes_tensor_are_texts_to_a_condition(plan, text, expected):
+    assert expected is Expression(text).holds({"plan": plan}, Context())
+
+
 def test_an_expression_that_is_several_truths_or_fails_says_so():
     context = Context()
     with pytest.raises(StepFailed, match=r"gives 2 truth values: use any\(...\) or all"):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import numpy as np
-from simpleeval import EvalWithCompoundTypes, InvalidExpression
+from simpleeval import DEFAULT_OPERATORS, EvalWithCompoundTypes, InvalidExpression
 
 from servinggraph.context import Context
 from servinggraph.errors import InvalidRequest, ServingGraphError, StepFailed, nearest
@@ -70,6 +70,41 @@ FUNCTIONS: Final[Mapping[str, Callable[..., Any]]] = {
     "sum": _reduced(np.sum, sum),
 }
 
+
+def _has_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list | tuple) and any(isinstance(item, str) for item in value))
+
+
+def _as_text(value: Any) -> Any:
+    """Return bytes as text, and so those in arrays and lists; anything else as it is."""
+    if isinstance(value, bytes):
+        return _text(value)
+    if isinstance(value, list | tuple):
+        return [_as_text(item) for item in value]
+    if isinstance(value, np.ndarray) and value.dtype.kind in "OS":
+        texts = np.empty(value.size, object)
+        texts[:] = [_as_text(item) for item in value.flat]
+        return texts.reshape(value.shape)
+    return value
+
+
+def _comparing(compare: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Return a comparison for which a BYTES tensor's elements, which are bytes, are the texts that an expression has."""
+
+    def call(one: Any, other: Any) -> Any:
+        if _has_text(other):
+            one = _as_text(one)
+        if _has_text(one):
+            other = _as_text(other)
+        return compare(one, other)
+
+    return call
+
+
+_COMPARISONS: Final = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.In, ast.NotIn)
+
+_OPERATORS: Final = DEFAULT_OPERATORS | {kind: _comparing(DEFAULT_OPERATORS[kind]) for kind in _COMPARISONS}
+
 _ALLOWED: Final = (
     ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.UAdd, ast.BinOp,
     ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Compare, ast.Eq, ast.NotEq, ast.Lt, ast.LtE,
@@ -101,7 +136,7 @@ class Expression:
             if misfit := _misfit(node):
                 raise ValueError(f"'{text}' {misfit}")
         self._tree = tree.body
-        self._evaluator = EvalWithCompoundTypes(functions=dict(FUNCTIONS), names={}, allowed_attrs={})
+        self._evaluator = EvalWithCompoundTypes(operators=_OPERATORS, functions=dict(FUNCTIONS), names={}, allowed_attrs={})
 
     def holds(self, value: Any, context: Context) -> bool:
         """Tell whether the expression is true of a request.
