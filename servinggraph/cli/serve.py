@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import shlex
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +55,35 @@ def _server_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @_server_options
 def serve(path: Path, overrides: tuple[str, ...], log_level: str, **settings: Any) -> None:
     """Serve a graph file, a folder of them, or a bare .onnx model."""
+    with _ended_by_sigterm():
+        _serve(path, overrides, log_level, settings)
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """End the process on SIGTERM until the server takes signals itself.
+
+    As the first process of a container it would not hear it at all: for that one the kernel ignores a
+    signal that nobody has asked for, and to compile large models takes a while.
+    """
+
+    def end(*_: Any) -> None:
+        logging.getLogger("servinggraph.server").info("stopped while loading")
+        logging.shutdown()
+        os._exit(0)
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # not the main thread, where there are no signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _serve(path: Path, overrides: tuple[str, ...], log_level: str, settings: dict[str, Any]) -> None:
     import asyncio
 
     from pydantic import ValidationError

@@ -187,3 +187,21 @@ def test_a_port_in_use_is_one_sentence_and_a_failure(process):
             f"cannot listen on 127.0.0.1 port {port} (http): Address already in use; choose another with --http-port\n"
             == server.text
         )
+
+
+@pytest.mark.slow
+def test_sigterm_while_graphs_are_compiled_ends_the_process_with_0(tmp_path):
+    # As a container's first process it would not hear a signal that nobody has asked for, and be killed in the end.
+    (tmp_path / "graph.yaml").write_text(GRAPH)
+    (tmp_path / "shutdown_steps.py").write_text(
+        "import pathlib, time\n(pathlib.Path(__file__).parent / 'began').touch()\nwhile True:\n    time.sleep(0.01)\n"
+    )
+    command = [sys.executable, "-c", "from servinggraph.cli import main; main()", "serve", "graph.yaml", "--http-port", "0"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+        try:
+            _until((tmp_path / "began").exists)
+            server.send_signal(signal.SIGTERM)
+            said, _ = server.communicate(timeout=PATIENCE_S)
+        finally:
+            server.kill()
+    assert (0, True) == (server.returncode, "stopped while loading" in said), said
