@@ -7,10 +7,12 @@ import mmap
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from math import sqrt
 from uuid import uuid4
 
 import numpy as np
+import orjson
 import pytest
 
 from servinggraph import Context, Graph, routers, signature, steps
@@ -404,6 +406,40 @@ def test_challengers_form_batches_of_copies(run, manual_clock):
             assert 16 == sum(sizes)
             assert len(sizes) < 8
             assert 1.0 == report(server)["agreement"]["rate"]
+
+    run(check())
+
+
+@pytest.mark.parametrize("what", ["error", "text", "name", "comparison"])
+def test_a_text_that_no_json_can_hold_does_not_spoil_the_report(run, manual_clock, tmp_path, what):
+    half = "\udcff"
+
+    def champion(value):
+        return {"y": np.array(["a"], object)}
+
+    def challenger(value):
+        if what == "error":
+            raise ValueError(f"no file {half}")
+        return {"y" + half: X} if what == "name" else {"y": np.array([half], object)}
+
+    def compares(one, other):
+        return False, {half * 1000: 1.0}
+
+    async def check():
+        compare = {"call": compares} if what == "comparison" else {}
+        graph = a_graph(challenger, champion, compare=compare, state=str(tmp_path / "state.json"))
+        async with graph.mock() as server:
+            with suppress(StepFailed):  # what the champion gives is no tensor
+                await server.infer(x=X, id="r")
+            await counted(server, manual_clock, 1)
+            for _ in range(1000):  # a function compares in a thread
+                if (found := report(server))["agreement"]["of"] or found["errors"]["failed"]:
+                    break
+                await asyncio.to_thread(lambda: None)
+                await manual_clock.settle()
+            assert 1 == found["agreement"]["of"] + found["errors"]["failed"]
+            assert b"?" in orjson.dumps(found)
+            orjson.dumps(server.router("test").remember())
 
     run(check())
 

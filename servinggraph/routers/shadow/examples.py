@@ -12,7 +12,7 @@ import numpy as np
 from servinggraph.messages import Body
 from servinggraph.tensors import datatype_of
 
-__all__ = ["Reservoir", "summary"]
+__all__ = ["Reservoir", "readable", "summary"]
 
 _TENSORS: Final = 16
 _ELEMENTS: Final = 16
@@ -50,12 +50,17 @@ class Reservoir:
         return sorted(self._kept, key=lambda example: str(example.get("time", "")))
 
 
+def readable(text: str, length: int) -> str:
+    """Return the beginning of a text, as JSON can hold it: a step's own may have halves of characters."""
+    return text[:length].encode("utf-8", "replace").decode()
+
+
 def summary(value: Any) -> Any:
     """Return a value as plain JSON values of bounded size: of each tensor datatype, shape and first elements."""
     if isinstance(value, Body):
         value = value.value
     if isinstance(value, Mapping):
-        shown = {str(name)[:_TEXT]: _one(item) for name, item in list(value.items())[:_TENSORS]}
+        shown = {readable(str(name), _TEXT): _one(item) for name, item in list(value.items())[:_TENSORS]}
         if len(value) > _TENSORS:
             shown["..."] = f"{len(value) - _TENSORS} more"
         return shown
@@ -83,4 +88,4 @@ def _plain(value: Any) -> Any:
     elif not isinstance(value, str):
         # No `repr`, which for a large object is as large, and may run the user's code.
         value = f"<{type(value).__name__}>"
-    return value if len(value) <= _TEXT else value[: _TEXT - 1] + "…"
+    return readable(value, _TEXT) if len(value) <= _TEXT else readable(value, _TEXT - 1) + "…"

@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 
 from servinggraph.routers.shadow.comparison import Verdict
-from servinggraph.routers.shadow.examples import Reservoir, summary
+from servinggraph.routers.shadow.examples import Reservoir, readable, summary
 from servinggraph.routers.shadow.sketch import Sketch
 from servinggraph.tensors import Array
 
@@ -21,6 +21,10 @@ CONFIDENCE: Final = 0.95
 _Z: Final = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
 _NAMES: Final = 64
 """Most tensors, reasons and codes that are told apart; a user's function may invent any number of them."""
+
+
+_LONGEST: Final = 500
+"""Most characters of a text that is kept: of an error, a reason, the name of a difference."""
 
 
 def wilson(successes: int, trials: int, z: float = _Z) -> tuple[float, float]:
@@ -81,7 +85,7 @@ class Record:
     def failed(self, code: str, text: str) -> None:
         """Count a copy that got an error."""
         _add(self.errors, code)
-        self.last_error = text[:500]
+        self.last_error = readable(text, _LONGEST)
 
     def answers(self, champion_ms: float, challenger_ms: float) -> None:
         """Count a copy that was answered, and how long both took for the same request."""
@@ -92,7 +96,7 @@ class Record:
     def cannot_compare(self, text: str) -> None:
         """Count two answers that could not be compared."""
         self.not_compared += 1
-        self.last_comparison_error = text[:500]
+        self.last_comparison_error = readable(text, _LONGEST)
 
     def compares(self, verdict: Verdict, id: str, value: Any, champion: Any, challenger: Any) -> None:
         """Count a comparison, and perhaps keep the request as an example of a disagreement."""
@@ -100,8 +104,8 @@ class Record:
         if place is not None:
             example = {
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-                "id": id[:200],
-                "reason": verdict.reason,
+                "id": readable(id, 200),
+                "reason": readable(verdict.reason, _LONGEST),
                 "inputs": summary(value),
                 "champion": summary(champion),
                 "challenger": summary(challenger),
@@ -110,13 +114,14 @@ class Record:
         self.compared += 1
         self.rows += verdict.rows
         self.agreeing_rows += verdict.agreeing_rows
-        for name, difference in verdict.differences.items():
+        for given, difference in verdict.differences.items():
+            name = readable(given, _LONGEST)
             if name in self.differences or len(self.differences) < _NAMES:
                 self.differences.setdefault(name, Sketch()).add(difference)
         if verdict.agrees:
             self.agreed += 1
         else:
-            _add(self.reasons, verdict.reason)
+            _add(self.reasons, readable(verdict.reason, _LONGEST))
 
     def report(self) -> dict[str, Any]:
         """Return all of it as plain values."""
