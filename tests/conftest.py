@@ -90,6 +90,11 @@ def free_port() -> Callable[[], int]:
     return _free_port
 
 
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as connection:
+        return connection.connect_ex(str(path)) == 0
+
+
 @pytest.fixture(scope="session")
 def redis_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Return the address of a real Redis that ends with the tests; a test asks for `redis_url`."""
@@ -111,7 +116,7 @@ def redis_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         end = time.monotonic() + 30
-        while not path.exists():
+        while not _listens(path):  # the file is there earlier
             assert process.poll() is None
             assert time.monotonic() < end, "redis-server did not start"
             time.sleep(0.01)

@@ -381,11 +381,17 @@ def options_of_connections_to(port, level, option):
     found = set()
     for descriptor in Path("/proc/self/fd").iterdir():
         try:
-            with socket.socket(fileno=os.dup(int(descriptor.name))) as connection:
+            copy = os.dup(int(descriptor.name))
+        except OSError:  # closed meanwhile
+            continue
+        try:
+            with socket.socket(fileno=copy) as connection:
+                copy = -1  # closes with the socket
                 if connection.getpeername()[1] == port:
                     found.add(connection.getsockopt(level, option))
         except (OSError, IndexError):  # no socket, or one without a port
-            continue
+            if copy >= 0:
+                os.close(copy)
     return found
 
 
