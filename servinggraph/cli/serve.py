@@ -124,8 +124,9 @@ def _announcement(path: Path, started: float, *, json_logs: bool) -> Callable[[S
             graphs = [f"{plan.name}/{plan.version}" for plan in server.plans]
             logging.getLogger("servinggraph").info("serving %s on %s, ready in %.2f s", graphs, ports, seconds)
         else:
-            click.echo(_banner(server, path, seconds))
-            sys.stdout.flush()
+            with contextlib.suppress(OSError):  # nobody reads it, or the disk is full: no reason not to serve
+                click.echo(_banner(server, path, seconds))
+                sys.stdout.flush()
 
     return announce
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,25 @@ def test_a_signal_ends_it_with_0(folder, name):
     with Served("graph.yaml", "--http-port", "0", "--grpc-port", "off") as served:
         served.process.send_signal(name)
         assert 0 == served.process.wait(20)
+
+
+def test_a_banner_that_cannot_be_printed_keeps_nobody_from_serving(folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [*COMMAND, "serve", "graph.yaml", "--http-port", str(port), "--grpc-port", "off"]
+    with Path("/dev/full").open("w") as full:
+        process = subprocess.Popen(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.monotonic() + 30
+        while 0 != run("health", f"http://127.0.0.1:{port}").exit_code:
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    finally:
+        process.terminate()
+        _, log = process.communicate(timeout=30)
+    assert "stopped" in log
 
 
 def fails(*arguments):
