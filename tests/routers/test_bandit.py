@@ -494,6 +494,8 @@ def test_settings_that_cannot_be_are_refused_and_change_nothing(changes, text):
         ({"policy": "thompson", "failure_reward": -1.0}, "outside of reward_range"),
         ({"policy": "thompson", "missing_reward": 2}, "2.0 is outside of reward_range"),
         ({"policy": "best"}, "'best'"),
+        ({"policy": "thompson", "seed": -1}, "'seed': expected greater than or equal to 0, got -1"),
+        ({"policy": "thompson", "metric": ""}, "'metric'"),
         ({"policy": "linucb", "features": "z", "branches": {"a": total}, "inputs": dict.fromkeys("xy", ("FP32", [1]))}, "'z'"),
     ],
 )

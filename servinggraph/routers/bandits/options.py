@@ -54,7 +54,9 @@ class BanditOptions(RouterOptions):
         description="Where the key is that keeps a caller with a variant for `window.age_s`: header:NAME, parameter:NAME, "
         "tensor:NAME, field:PATH or id. By default every request is decided by itself.",
     )
-    metric: str = Field("reward", description="Name of the feedback that it learns from, where a graph gets several kinds.")
+    metric: str = Field(
+        "reward", min_length=1, description="Name of the feedback that it learns from, where a graph gets several kinds."
+    )
     scorer: str | Callable[..., Any] | None = Field(
         None,
         description="Makes a reward of an answer and its truth: accuracy (share of equal elements), absolute_error or "
@@ -71,7 +73,7 @@ class BanditOptions(RouterOptions):
         "only when they are pleased. By default such a request teaches nothing.",
     )
     window: Window = Field(default_factory=Window, description="How long feedback for a request is waited for.")
-    seed: int | None = Field(None, description="Start of the random numbers, to have the same decisions again in a test.")
+    seed: int | None = Field(None, ge=0, description="Start of the random numbers, to have the same decisions again in a test.")
 
 
 def policy_of(options: BanditOptions, problems: list[Problem]) -> Policy:
