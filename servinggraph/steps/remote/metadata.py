@@ -92,7 +92,8 @@ def _over_http(
             raise NoMetadata(f"it answered {answer.status}: {body[:500].decode('utf-8', 'replace')}")
         document = orjson.loads(body)
     except (HTTPException, OSError, ValueError) as error:
-        reason = f"not within {timeout_s * 1e3:g} ms (limit 'metadata_timeout_ms')" if late.is_set() else str(error)
+        in_time = not late.is_set() and not isinstance(error, TimeoutError)
+        reason = str(error) if in_time else f"not within {timeout_s * 1e3:g} ms (limit 'metadata_timeout_ms')"
         raise NoMetadata(reason) from error
     finally:
         if end is not None:
