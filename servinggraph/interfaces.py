@@ -253,6 +253,7 @@ class Router(ABC, Generic[OptionsT]):
             are joined to a batch before it could not be told apart.
         routes: True when the route in a request's URL decides; set by `signature`.
         versions: versions of the graph that a request may ask for, where they decide; set by `signature`.
+        reads: tensors that decide, whether branches take them or not; set by `signature`.
         detached: True when a branch may run although its request was answered, and so outside of its sequence.
         repeats: True when a branch may run several times for a request, and so at no one place in its sequence.
         name: the node's name.
@@ -268,6 +269,7 @@ class Router(ABC, Generic[OptionsT]):
     decides_by_request: ClassVar[bool] = False
     routes: bool = False
     versions: Collection[str] = ()
+    reads: Collection[str] = ()
     detached: ClassVar[bool] = False
     repeats: ClassVar[bool] = False
 

@@ -89,6 +89,7 @@ class NodeCompiler:
         graph = None if nested is None else nested.plan
         inner = branches.values() if graph is None else graph.nodes
         self._check_inputs(signature, inside, path, name)
+        self._check_reads(work, inside, path, name)
         self._check_batch(work, spec, signature, path, name)
         lone = lone_node(name, work, inner)
         if lone is not None and (isinstance(spec.batch, BatchPolicy) or spec.batch is True):
@@ -273,6 +274,16 @@ class NodeCompiler:
             reason = inside[tensor].conflict_with(expected)
             if reason:
                 self._report(f"input '{tensor}' does not fit: its {reason}", path, name)
+
+    def _check_reads(self, work: Step[Any] | Router[Any], inside: Tensors, path: KeyPath, name: str) -> None:
+        """Report tensors by which a router decides and that never reach it: it would take every request for one without."""
+        if inside is None or not isinstance(work, Router):
+            return
+        has = ", ".join(sorted(inside)) or "nothing"
+        for tensor in work.reads:
+            if tensor not in inside:
+                hint = nearest(tensor, list(inside)) if inside else ""
+                self._report(f"decides by tensor '{tensor}', which does not reach it: what does is {has}{hint}", path, name)
 
     def _check_batch(
         self, work: Step[Any] | Router[Any], spec: NodeSpec, signature: Signature, path: KeyPath, name: str

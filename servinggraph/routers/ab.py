@@ -10,7 +10,7 @@ from pydantic import Field
 from servinggraph.context import Context
 from servinggraph.errors import GraphInvalid, InvalidRequest, Problem
 from servinggraph.interfaces import Feedback, Receipt, RouterOptions, Selector
-from servinggraph.routers.selection import Decisions, KeyReader, Rewards, Weights, key_reader, weights_problem
+from servinggraph.routers.selection import Decisions, KeyReader, Rewards, Weights, key_reader, key_tensors, weights_problem
 from servinggraph.routers.signatures import common_signature
 from servinggraph.tensors import Signature
 
@@ -53,6 +53,7 @@ class Ab(Selector[AbOptions]):
         if reason:
             problems.append(Problem(reason, node="weights"))
         self._key: KeyReader | None = None
+        self.reads = key_tensors(self.options.key)
         if self.options.key is not None:
             try:
                 self._key = key_reader(self.options.key)

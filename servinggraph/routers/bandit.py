@@ -25,7 +25,7 @@ from servinggraph.routers.bandits import (
     report_of,
     scorer,
 )
-from servinggraph.routers.selection import Decisions, KeyReader, key_reader
+from servinggraph.routers.selection import Decisions, KeyReader, key_reader, key_tensors
 from servinggraph.routers.signatures import common_signature
 from servinggraph.statistics import is_late
 from servinggraph.tensors import Array, Signature, TensorSpec
@@ -60,6 +60,7 @@ class Bandit(Router[BanditOptions]):
         self._enabled: Sequence[Arm] = tuple(self._arms.values())
         self._scorer = self._made_scorer(problems)
         self._key: KeyReader | None = None
+        self.reads = key_tensors(options.key)
         if options.key is not None:
             try:
                 self._key = key_reader(options.key)

@@ -17,7 +17,7 @@ from servinggraph.routers.rollout.guardrails import GuardrailOptions, MetricGuar
 from servinggraph.routers.rollout.outcomes import NO_LIFE, Metering, Outcomes, Phase
 from servinggraph.routers.rollout.schedule import Duration, RolloutStep, Share, Stage, stages
 from servinggraph.routers.rollout.trial import ROLLED_BACK, Move, Plan, Trial
-from servinggraph.routers.selection import KeyReader, Weights, key_reader, weights_problem
+from servinggraph.routers.selection import KeyReader, Weights, key_reader, key_tensors, weights_problem
 from servinggraph.routers.selection.decisions import Decisions
 from servinggraph.routers.signatures import common_signature
 from servinggraph.sequence import Turn
@@ -89,6 +89,7 @@ class Canary(Observer[CanaryOptions]):
         problems: list[Problem] = []
         options = self.options
         self._key: KeyReader | None = None
+        self.reads = key_tensors(options.key)
         for role, name in (("baseline", options.baseline), ("challenger", options.challenger)):
             if name not in branches:
                 problems.append(Problem(f"{role} '{name}' is no branch{nearest(name, list(branches))}", node=role))

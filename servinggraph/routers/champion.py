@@ -22,7 +22,7 @@ from servinggraph.errors import GraphInvalid, InvalidRequest, Problem, nearest
 from servinggraph.executor.wiring import read_only
 from servinggraph.interfaces import Handler, Learned, Router, RouterHost, RouterOptions
 from servinggraph.routers.bandits.arms import added
-from servinggraph.routers.selection import KeyReader, key_reader
+from servinggraph.routers.selection import KeyReader, key_reader, key_tensors
 from servinggraph.routers.shadow import Comparison, ComparisonOptions, Copy, Lane, Record, ShadowOptions
 from servinggraph.routers.shadow.holding import kept
 from servinggraph.routers.signatures import common_signature
@@ -106,6 +106,7 @@ class Champion(Router[ChampionOptions]):
         if reason:
             problems.append(Problem(reason, node="rate"))
         self._key: KeyReader | None = None
+        self.reads = key_tensors(self.options.key)
         if options.key is not None:
             try:
                 self._key = key_reader(options.key)

@@ -64,6 +64,7 @@ class Choice(Selector[ChoiceOptions]):
         signature = common_signature(branches, problems)
         if problems:
             raise GraphInvalid(problems)
+        self.reads = tuple(dict.fromkeys(name for _, rule in self._rules for name in rule.tensors))
         self._decisions = dict.fromkeys(branches, 0)
         self._refused = 0
         return signature

@@ -40,6 +40,7 @@ class Filter(Selector[FilterOptions]):
             problems.append(Problem(str(error), node="when"))
         if problems:
             raise GraphInvalid(problems)
+        self.reads = self._rule.tensors
         self._passed = self._refused = 0
         ((self._branch, signature),) = branches.items()
         return signature

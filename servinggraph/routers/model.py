@@ -12,7 +12,7 @@ from pydantic import Field
 from servinggraph.context import Context
 from servinggraph.errors import GraphInvalid, GraphNotFound, InvalidRequest, Problem, nearest
 from servinggraph.interfaces import RouterOptions, Selector
-from servinggraph.routers.selection.keys import KeyReader, key_reader
+from servinggraph.routers.selection.keys import KeyReader, key_reader, key_tensors
 from servinggraph.routers.signatures import common_signature
 from servinggraph.tensors import Signature
 
@@ -63,6 +63,7 @@ class Model(Selector[ModelOptions]):
         by = self.options.by
         self._names = dict.fromkeys(branches)
         self._read = self._reader(by, problems)
+        self.reads = key_tensors(by)
         for setting, value in (("aliases", self.options.aliases), ("default", self.options.default)):
             if reason := self._problem(setting, value):
                 problems.append(Problem(reason, node=setting))

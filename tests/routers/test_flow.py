@@ -443,6 +443,39 @@ def test_a_tolerance_without_end_is_refused():
         a_graph(routers.Map(a, tolerate=float("inf"))).compile()
 
 
+DECIDING = {
+    "ab": lambda tensor: routers.Ab({"a": a, "b": b}, {"a": 1, "b": 1}, key=f"tensor:{tensor}"),
+    "bandit": lambda tensor: routers.Bandit({"a": a, "b": b}, "ucb1", key=f"tensor:{tensor}"),
+    "canary": lambda tensor: routers.Canary({"a": a, "b": b}, "a", "b", ["10%"], key=f"tensor:{tensor}"),
+    "champion": lambda tensor: routers.Champion({"a": a, "b": b}, "a", key=f"tensor:{tensor}"),
+    "model": lambda tensor: routers.Model({"a": a, "b": b}, by=f"tensor:{tensor}", default="a"),
+    "choice": lambda tensor: routers.Choice(
+        {"a": a, "b": b}, when={"a": f"rows > 1 or inputs['{tensor}'][0] > 1"}, default="b"
+    ),
+    "filter": lambda tensor: routers.Filter(a, f"max(inputs['{tensor}']) > 0", {"message": "no"}),
+}
+
+
+@pytest.mark.parametrize("kind", DECIDING)
+def test_a_tensor_that_decides_and_never_arrives_is_refused(kind):
+    inputs = {"x": ("FP32", [-1]), "user": ("INT64", [-1])}
+    a_graph(DECIDING[kind]("user"), inputs).compile()
+    text = "node 'n': decides by tensor 'usr', which does not reach it: what does is user, x; did you mean 'user'"
+    with pytest.raises(GraphInvalid, match=text):
+        a_graph(DECIDING[kind]("usr"), inputs).compile()
+
+    @signature(outputs={"x": ("FP32", [-1])})
+    def drops(x):
+        return {"x": x}
+
+    def dropped(step, key):
+        return Graph("g", inputs).to(step, "first").to(DECIDING[kind](key), "n").respond()
+
+    with pytest.raises(GraphInvalid, match="decides by tensor 'user', which does not reach it: what does is x"):
+        dropped(drops, "user").compile()
+    dropped(lambda value: value, "usr").compile()  # nobody knows what reaches it
+
+
 # Inside each other
 
 

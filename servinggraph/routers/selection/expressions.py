@@ -119,11 +119,15 @@ class Expression:
     Args:
         text: the expression, in Python's syntax.
 
+    Attributes:
+        text: the expression.
+        tensors: names of those that it asks for by `inputs['name']`.
+
     Raises:
         ValueError: it cannot be parsed, or uses what there is not.
     """
 
-    __slots__ = ("_evaluator", "_tree", "text")
+    __slots__ = ("_evaluator", "_tree", "tensors", "text")
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -136,6 +140,7 @@ class Expression:
             if misfit := _misfit(node):
                 raise ValueError(f"'{text}' {misfit}")
         self._tree = tree.body
+        self.tensors = tuple(dict.fromkeys(name for node in ast.walk(tree) if (name := _tensor_of(node)) is not None))
         self._evaluator = EvalWithCompoundTypes(operators=_OPERATORS, functions=dict(FUNCTIONS), names={}, allowed_attrs={})
 
     def holds(self, value: Any, context: Context) -> bool:
@@ -192,6 +197,14 @@ def _misfit(node: ast.AST) -> str | None:
         return "calls a function with a keyword argument, which expressions do not have"
     if isinstance(node, ast.Name) and node.id not in NAMES and node.id not in FUNCTIONS:
         return f"has an unknown name '{node.id}'{nearest(node.id, [*NAMES, *FUNCTIONS])}"
+    return None
+
+
+def _tensor_of(node: ast.AST) -> str | None:
+    """Return the tensor that `inputs['name']` names; None for another part of an expression."""
+    if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == "inputs":
+        name = node.slice.value if isinstance(node.slice, ast.Constant) else None
+        return name if isinstance(name, str) else None
     return None
 
 

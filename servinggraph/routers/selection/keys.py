@@ -9,7 +9,7 @@ import numpy as np
 
 from servinggraph.context import Context
 
-__all__ = ["KeyReader", "key_reader"]
+__all__ = ["KeyReader", "key_reader", "key_tensors"]
 
 KeyReader = Callable[[Any, Context], str | None]
 """Takes value and context, returns the key as text; None where the request has none."""
@@ -41,6 +41,12 @@ def key_reader(place: str) -> KeyReader:
         return lambda value, context: _first(value, name)
     path = name.split(".")
     return lambda value, context: _field(value, path)
+
+
+def key_tensors(place: str | None) -> tuple[str, ...]:
+    """Return the tensors, one or none, that a key stands in."""
+    kind, _, name = (place or "").partition(":")
+    return (name,) if kind == "tensor" and name else ()
 
 
 def _text(value: Any) -> str | None:
