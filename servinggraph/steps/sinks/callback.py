@@ -15,13 +15,13 @@ from servinggraph.errors import DeadlineExceeded, GraphInvalid, InvalidRequest, 
 from servinggraph.guards import backoff_s
 from servinggraph.interfaces import BatchPolicy, Operation, Options, Step
 from servinggraph.messages import Body
-from servinggraph.protocols.freeform.documents import encode_json
 from servinggraph.steps.outbox import Outbox
 from servinggraph.steps.remote.calls import close_on
 from servinggraph.steps.remote.endpoints import is_host
 from servinggraph.steps.remote.failures import CallFailed, refused
 from servinggraph.steps.remote.headers import Secrets, forwarded, plain_headers
 from servinggraph.steps.remote.tls import roots_of
+from servinggraph.steps.sinks.documents import encoded
 from servinggraph.tensors import Signature
 
 __all__ = ["Callback", "CallbackOptions"]
@@ -153,7 +153,7 @@ class Callback(Step[CallbackOptions]):
     def _call(self, url: str, value: Any, context: Context) -> _Call:
         document = {"id": context.id, "graph": context.graph, "value": value.value if isinstance(value, Body) else value}
         headers = {**forwarded(context.headers, ()), "Content-Type": "application/json", **self._headers}
-        return _Call(url, encode_json(document), headers)
+        return _Call(url, encoded(document), headers)
 
     def _url(self, context: Context) -> str | None:
         """Return where a request's callback goes.

@@ -14,9 +14,9 @@ from servinggraph.context import Context
 from servinggraph.errors import LimitExceeded, StepFailed
 from servinggraph.interfaces import BatchPolicy, Operation, Options, Step
 from servinggraph.messages import Body
-from servinggraph.protocols.freeform.documents import encode_json
 from servinggraph.steps.outbox import Outbox
 from servinggraph.steps.remote.calls import close_on
+from servinggraph.steps.sinks.documents import encoded
 from servinggraph.steps.sinks.files import LineFile
 from servinggraph.tensors import Signature
 
@@ -172,4 +172,4 @@ def _line(value: Any, context: Context) -> bytes:
         "graph": context.graph,
         "value": value.value if isinstance(value, Body) else value,
     }
-    return encode_json(document) + b"\n"
+    return encoded(document) + b"\n"

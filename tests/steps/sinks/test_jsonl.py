@@ -94,6 +94,14 @@ async def test_a_value_that_json_cannot_carry_fails_the_request_or_drops_the_lin
     assert b"" == (tmp_path / "a").read_bytes()
 
 
+async def test_bytes_that_are_no_text_are_not_the_callers_choice_of_a_type(tmp_path):
+    graph = Graph("g", inputs="body")
+    graph.to(lambda value: b"\xff").to(Jsonl(tmp_path / "a")).respond()
+    async with graph.mock() as server:
+        with pytest.raises(StepFailed, match="the value holds bytes that are not UTF-8, which JSON cannot carry"):
+            await server.invoke(1)
+
+
 async def test_joined_requests_would_be_one_line(tmp_path):
     with pytest.raises(GraphInvalid, match="step 'a' writes each request by itself"):
         graph_of(Jsonl(tmp_path / "a", batch=True)).compile()
