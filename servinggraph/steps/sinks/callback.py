@@ -77,9 +77,12 @@ class CallbackOptions(Options):
             raise ValueError("'url_header' needs 'allow': a caller must not choose whom this server sends requests to")
         if self.headers and self.url_header is not None:
             raise ValueError("'headers' go to 'url' only, since what they hold is not for whoever a caller names")
-        for url in (self.url, *self.allow):
-            if url is not None:
-                _parts(url)
+        for key, url in (("url", self.url), *(("allow", pattern) for pattern in self.allow)):
+            try:
+                if url is not None:
+                    _parts(url)
+            except ValueError as error:
+                raise ValueError(f"'{key}' {error}") from None
         return self
 
 

@@ -172,8 +172,10 @@ async def test_a_pattern_of_hosts_is_for_those_below():
         ({}, "nowhere to go"),
         ({"url_header": "x"}, "needs 'allow'"),
         ({"url_header": "x", "allow": ["https://a"], "headers": {"Authorization": "t"}}, "'headers' go to 'url' only"),
-        ({"url": "ftp://a"}, "is no URL"),
-        ({"url": "http://me@a/"}, "has a user name"),
+        ({"url": "ftp://a"}, "'url' is no URL"),
+        ({"url": ""}, "'url' is no URL"),
+        ({"url": "http://me@a/"}, "'url' has a user name"),
+        ({"url_header": "x", "allow": ["https://a", "b"]}, "'allow' is no URL"),
     ],
 )
 async def test_options_that_make_no_sense_are_refused_at_the_start(options, text):
