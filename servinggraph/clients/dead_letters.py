@@ -7,8 +7,9 @@ up to where all are sent, and its metadata which ones beyond.
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -281,16 +282,26 @@ def _hindrance(letter: Letter, targets: _Targets) -> str | None:
 async def _send(
     producer: Any,
     group: str,
-    chosen: Iterable[tuple[Any, Letter]],
+    chosen: Sequence[tuple[Any, Letter]],
     targets: _Targets,
     notes: Mapping[TopicPartition, tuple[int, str]],
 ) -> None:
     async with producer.transaction():
+        written = []
         for record, letter in chosen:
             sent = _headers(record.headers, letter.replays + 1)
-            await producer.send(
-                targets.topic(letter), record.value, key=record.key, partition=targets.partition(letter), headers=sent
+            written.append(
+                await producer.send(
+                    targets.topic(letter), record.value, key=record.key, partition=targets.partition(letter), headers=sent
+                )
             )
+        # aiokafka would commit a transaction of which a record was refused, and with it the note that it was sent.
+        for (_, letter), outcome in zip(chosen, await asyncio.gather(*written, return_exceptions=True), strict=True):
+            if isinstance(outcome, BaseException):
+                raise Unavailable(
+                    f"topic '{targets.topic(letter)}' does not take the letter at {letter.partition}/{letter.offset}: "
+                    f"{failure_text(outcome)}"
+                ) from outcome
         await producer.send_offsets_to_transaction(dict(notes), group)
 
 

@@ -11,6 +11,7 @@ from typing import Final
 __all__ = [
     "ACCEPT",
     "ATTEMPTS",
+    "CONTENT_ENCODING",
     "CONTENT_TYPE",
     "CORRELATION_ID",
     "DEADLINE",
@@ -50,6 +51,7 @@ __all__ = [
 RawHeaders = Iterable[tuple[str, bytes | None]]
 
 CONTENT_TYPE: Final = "content-type"
+CONTENT_ENCODING: Final = "content-encoding"
 ACCEPT: Final = "accept"
 HEADER_LENGTH: Final = "inference-header-content-length"
 """Bytes of JSON before binary tensors, as over HTTP."""
@@ -99,8 +101,8 @@ REPLAYED: Final = "x-replayed"
 """How often a dead letter was sent back."""
 
 OWN: Final = frozenset({
-    CONTENT_TYPE, ACCEPT, HEADER_LENGTH, REPLY_TOPIC, REPLY_PARTITION, DEADLINE, STATUS, ERROR, ERROR_NODE, ATTEMPTS,
-    RESPONSE_PARAMETERS, GRAPH, VERSION,
+    CONTENT_TYPE, CONTENT_ENCODING, ACCEPT, HEADER_LENGTH, REPLY_TOPIC, REPLY_PARTITION, DEADLINE, STATUS, ERROR, ERROR_NODE,
+    ATTEMPTS, RESPONSE_PARAMETERS, GRAPH, VERSION,
 })  # fmt: skip
 """Headers that an answer has of its own, or not at all; all others of the request are copied to it."""
 

@@ -252,7 +252,7 @@ class KafkaOptions(ConnectionOptions):
         0,
         ge=0,
         description="Remember so many request ids (header `x-request-id` or `ce_id`), and answer a request that is there again "
-        "not a second time; 0 for none. Each process remembers its own.",
+        "not a second time; 0 for none. Requests that failed are not remembered. Each process remembers its own.",
     )
     retry: RetryOptions = Field(default_factory=RetryOptions, description="Further attempts at a request.")
     commit: CommitOptions = Field(default_factory=CommitOptions, description="How often offsets are committed.")

@@ -1,6 +1,7 @@
 """Replay of dead letters on a real broker: to where they came from, each once, also across runs, filters and crashes."""
 
 import asyncio
+import gc
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
@@ -177,6 +178,19 @@ async def test_a_topic_that_is_gone_stops_before_anything_is_noted(place):
     assert 1 == (await place.replay(to=place.source)).sent.total()
 
 
+async def test_a_letter_that_its_topic_does_not_take_stops_before_anything_is_noted(place, kafka):
+    place.source = await kafka.topic("small", partitions=2, settings={"max.message.bytes": "2000"})
+    await place.bury(("x" * 5000, "internal", ""))
+
+    with pytest.raises(Unavailable, match=f"topic '{place.source}' does not take the letter at 0/0: MessageSizeTooLarge"):
+        await place.replay()
+
+    assert [] == await place.arrived(0)
+    assert 1 == (await place.replay(to=await kafka.topic("mended"))).sent.total()
+
+
+# A connection that is being made is left behind by aiokafka when that is cancelled.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("after_s", [0.02, 0.1, 0.3])
 async def test_a_run_that_is_cut_off_leaves_what_the_next_one_sends(place, after_s):
     await place.bury(*THREE)
@@ -184,6 +198,7 @@ async def test_a_run_that_is_cut_off_leaves_what_the_next_one_sends(place, after
     await asyncio.wait([running], timeout=after_s)
     running.cancel()
     await asyncio.wait([running])
+    gc.collect()
 
     await place.replay()
 

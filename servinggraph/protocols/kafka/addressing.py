@@ -12,7 +12,7 @@ from servinggraph.protocols.kafka.cloudevents import OWN, event_headers
 from servinggraph.protocols.kafka.codec import Answer
 from servinggraph.protocols.kafka.deadletters import dead_letter
 from servinggraph.protocols.kafka.exchange import Exchange
-from servinggraph.protocols.kafka.records import Outgoing, Work
+from servinggraph.protocols.kafka.records import LeftOut, Outgoing, Work
 
 __all__ = ["Addressing", "size_of"]
 
@@ -21,6 +21,7 @@ _JSON: Final = (names.CONTENT_TYPE, b"application/json")
 _OK: Final = (names.STATUS, names.OK.encode())
 _LONGEST: Final = 1000
 """Bytes of an error's text in a header; all of it is in the value."""
+_ESSENTIAL: Final = (names.REQUEST_ID, names.CORRELATION_ID, names.TRACEPARENT)
 _FRAMING: Final = 100
 """Bytes that the broker needs around a record."""
 
@@ -77,7 +78,8 @@ class Addressing:
         topic = self.reply_to(work)
         assert topic is not None  # `check` was called
         headers = [*answer.headers, _OK, *event_headers(work, self._graph, "servinggraph.answer"), *self._copied(work)]
-        outgoing = Outgoing(topic, self._key(work), answer.value, headers, self._partition(work))
+        partition = _partition(work) if names.REPLY_TOPIC in work.headers else None
+        outgoing = Outgoing(topic, self._key(work), answer.value, headers, partition)
         size = size_of(outgoing)
         if size > self._limit:
             raise RequestTooLarge(
@@ -100,11 +102,11 @@ class Addressing:
             asked = names.REPLY_TOPIC in work.headers and not work.no_reply
             if work.no_reply:
                 topic = self._output.topic
+        left_out = LeftOut.NOTHING if work.verdict is None else work.verdict.left_out
         if self._dead is not None and not asked:
-            return dead_letter(
-                work, error, self._dead, self._graph, self._exchange.version_of(work),
-                left_out=(work.verdict is not None and work.verdict.left_out) or len(work.record.value or b"") > self._limit,
-            )  # fmt: skip
+            if left_out is LeftOut.NOTHING and len(work.record.value or b"") > self._limit:
+                left_out = LeftOut.VALUE
+            return dead_letter(work, error, self._dead, self._graph, self._exchange.version_of(work), left_out)
         assert topic is not None  # options with neither are refused
         text = str(error).encode("utf-8", "replace").decode()
         headers: list[tuple[str, bytes | None]] = [
@@ -115,10 +117,15 @@ class Addressing:
         ]
         if error.node is not None:
             headers.append((names.ERROR_NODE, error.node.encode("utf-8", "replace")))
-        headers += event_headers(work, self._graph, "servinggraph.error")
-        headers += self._copied(work)
         body = orjson.dumps({"error": text[: self._limit // 8]})
-        return Outgoing(topic, self._key(work), body, headers, self._partition(work), error.code.value)
+        key, partition = self._key(work), _partition(work) if asked else None
+        if left_out is LeftOut.NOTHING:
+            headers += event_headers(work, self._graph, "servinggraph.error")
+            headers += self._copied(work)
+        else:  # of what the caller sent along something is too large to go back: what leads to the call is short
+            headers += [(name, value) for name in _ESSENTIAL if len(value := work.headers.get(name, b"")) in range(1, _LONGEST)]
+            key = key if len(key or b"") <= _LONGEST else None
+        return Outgoing(topic, key, body, headers, partition, error.code.value)
 
     def _copied(self, work: Work) -> list[tuple[str, bytes | None]]:
         """Return the headers of a request that its answer has as well: trace context, correlation, the caller's own."""
@@ -130,10 +137,11 @@ class Addressing:
             return work.record.key
         return work.headers.get(names.REQUEST_ID) if self._output.key == "id" else None
 
-    def _partition(self, work: Work) -> int | None:
-        """Return the partition that a request wants its reply in, which was checked; None for the key's."""
-        text = work.headers.get(names.REPLY_PARTITION)
-        return int(text) if text is not None and names.REPLY_TOPIC in work.headers and not work.no_reply else None
+
+def _partition(work: Work) -> int | None:
+    """Return the partition that a request wants its reply in, which was checked; None for the key's."""
+    text = work.headers.get(names.REPLY_PARTITION)
+    return None if text is None else int(text)
 
 
 def size_of(outgoing: Outgoing) -> int:

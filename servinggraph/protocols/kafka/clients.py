@@ -8,15 +8,16 @@ group's generation (no KIP-447), so a zombie is fenced by a transactional id for
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from typing import Any, Final, TypeVar
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
-from aiokafka.errors import UnknownTopicOrPartitionError
+from aiokafka.errors import ProducerClosed, TopicAuthorizationFailedError, UnknownTopicOrPartitionError
 
 from servinggraph.kafka import KafkaOptions, development
 
-__all__ = ["Clients", "client_of", "closed", "has_topic", "lasting", "partitions_of"]
+__all__ = ["Clients", "answers", "client_of", "closed", "has_topic", "lasting", "partitions_of"]
 
 logger = logging.getLogger("servinggraph.kafka.client")
 
@@ -156,10 +157,21 @@ async def closed(client: AIOKafkaConsumer | AIOKafkaProducer, timeout_s: float) 
         stopping.cancel()
         await asyncio.wait({stopping}, timeout=1)
         await asyncio.wait({asyncio.ensure_future(client_of(client).close())}, timeout=1)
-        return False
     if not stopping.cancelled():
         stopping.exception()  # whatever it is: the client is gone
+    if isinstance(client, AIOKafkaProducer):
+        _drop(client._message_accumulator)  # noqa: SLF001  (no public way)
     return bool(done)
+
+
+def _drop(accumulator: Any) -> None:
+    """Tell whoever still waits for a record of a producer that has ended; aiokafka lets them wait for ever."""
+    left = [*itertools.chain.from_iterable(accumulator._batches.values()), *accumulator._pending_batches]  # noqa: SLF001
+    accumulator.fail_all(ProducerClosed())
+    for batch in left:
+        for future in (batch.future, batch._drain_waiter):  # noqa: SLF001
+            if future.done() and not future.cancelled():
+                future.exception()  # nobody has to look at it
 
 
 def client_of(client: AIOKafkaConsumer | AIOKafkaProducer) -> Any:
@@ -174,9 +186,26 @@ def partitions_of(consumer: AIOKafkaConsumer, topic: str) -> set[int] | None:
 
 
 async def has_topic(consumer: AIOKafkaConsumer, topic: str, timeout_s: float) -> bool:
-    """Tell whether the brokers have a topic; to ask for it makes it where they create topics by themselves."""
+    """Tell whether the brokers have a topic; to ask for it makes it where they create topics by themselves.
+
+    Raises:
+        TopicAuthorizationFailedError: nothing of it may be known.
+    """
+    client = client_of(consumer)
     try:
-        await asyncio.wait_for(client_of(consumer)._wait_on_metadata(topic), timeout_s)  # noqa: SLF001  (no public way)
+        await asyncio.wait_for(client._wait_on_metadata(topic), timeout_s)  # noqa: SLF001  (no public way)
     except (TimeoutError, UnknownTopicOrPartitionError):
+        client._topics.discard(topic)  # noqa: SLF001  (or it would be asked for again and again, for ever)
         return False
+    except TopicAuthorizationFailedError:
+        client._topics.discard(topic)  # noqa: SLF001
+        raise
     return True
+
+
+async def answers(client: AIOKafkaConsumer | AIOKafkaProducer, timeout_s: float) -> bool:
+    """Tell whether a broker answers at all."""
+    try:
+        return bool(await asyncio.wait_for(client_of(client).force_metadata_update(), timeout_s))
+    except TimeoutError:
+        return False

@@ -22,7 +22,9 @@ __all__ = ["ID", "OWN", "PREFIX", "event_headers", "is_structured", "unwrapped"]
 
 PREFIX: Final = "ce_"
 ID: Final = "ce_id"
-OWN: Final = frozenset({"ce_specversion", "ce_id", "ce_source", "ce_type", "ce_time", "ce_subject", "ce_dataschema"})
+OWN: Final = frozenset({
+    "ce_specversion", "ce_id", "ce_source", "ce_type", "ce_time", "ce_subject", "ce_dataschema", "ce_causeid",
+})  # fmt: skip
 """Attributes that an answer has of its own; extensions are copied to it."""
 
 _STRUCTURED: Final = b"application/cloudevents+json"
@@ -79,7 +81,6 @@ def event_headers(work: Work, graph: str, kind: str) -> list[tuple[str, bytes | 
         ("ce_type", kind.encode()),
         ("ce_causeid", work.headers[ID]),
     ]
-    structured = is_structured(dict(work.record.headers))  # type: ignore[arg-type]  # only names are looked at
-    if structured:  # its extensions are in no header of the record
+    if is_structured(names.headers_of(work.record.headers)):  # its extensions are in no header of the record
         attributes += [(n, v) for n, v in work.headers.items() if n.startswith(PREFIX) and n not in OWN]
     return attributes

@@ -8,16 +8,18 @@ from typing import Final
 
 from servinggraph.errors import ServingGraphError
 from servinggraph.kafka import headers as names
-from servinggraph.protocols.kafka.records import Outgoing, Work
+from servinggraph.protocols.kafka.records import LeftOut, Outgoing, Work
 
 __all__ = ["dead_letter", "stack_of"]
 
 _LONGEST: Final = 1000
 """Bytes of an error's text: it may quote all of a request."""
 _FRAMES: Final = 8
+_MOST: Final = 32
+"""Headers that are kept where not all of them have room."""
 
 
-def dead_letter(work: Work, error: ServingGraphError, topic: str, graph: str, version: str, *, left_out: bool) -> Outgoing:
+def dead_letter(work: Work, error: ServingGraphError, topic: str, graph: str, version: str, left_out: LeftOut) -> Outgoing:
     """Return the dead letter of a record.
 
     Args:
@@ -26,11 +28,15 @@ def dead_letter(work: Work, error: ServingGraphError, topic: str, graph: str, ve
         topic: topic for dead letters.
         graph: the graph that failed.
         version: its version; empty where none was found.
-        left_out: leave the value out, because the topic takes none of this size.
+        left_out: what is left out, because the topic takes none of this size.
     """
     record = work.record
     value = record.value
+    key = record.key
     headers = [(name, content) for name, content in record.headers if not name.startswith(names.DEAD_PREFIX)]
+    if left_out is LeftOut.ALL:
+        headers = [(name, content) for name, content in headers if len(name) + len(content or b"") <= _LONGEST][:_MOST]
+        key = key if len(key or b"") <= _LONGEST else None
     told = {
         names.DEAD_TOPIC: record.topic,
         names.DEAD_PARTITION: record.partition,
@@ -47,7 +53,6 @@ def dead_letter(work: Work, error: ServingGraphError, topic: str, graph: str, ve
         names.DEAD_LEFT_OUT: len(value or b"") if left_out else None,
     }
     headers += [(name, _text(content)) for name, content in told.items() if content not in (None, "")]
-    key = record.key
     if value is None and key is None:
         key = b""  # aiokafka writes no record without key and value
     return Outgoing(topic, key, b"" if left_out else value, headers, error=error.code.value, dead=True)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -14,20 +15,28 @@ from functools import partial
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
-from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
+from aiokafka.errors import (
+    CommitFailedError,
+    IllegalStateError,
+    KafkaError,
+    RequestTimedOutError,
+    UnknownTopicOrPartitionError,
+)
 
 from servinggraph.kafka import KafkaOptions
 from servinggraph.protocols.kafka.budget import Budget
-from servinggraph.protocols.kafka.clients import Clients, closed
+from servinggraph.protocols.kafka.clients import Clients, answers, closed
 from servinggraph.protocols.kafka.recent import Recent
-from servinggraph.protocols.kafka.records import Outgoing, Partition, Work
+from servinggraph.protocols.kafka.records import Outgoing, Partition, Place, Work
 from servinggraph.protocols.kafka.report import Counts
 
-__all__ = ["AtLeastOnce", "AtMostOnce", "Delivery", "NotWritten"]
+__all__ = ["AtLeastOnce", "AtMostOnce", "Delivery", "NotWritten", "cause_of"]
 
 logger = logging.getLogger("servinggraph.kafka")
 
 _CLOSE_S: Final = 5.0
+_KEEP_S: Final = 2.0
+_ANSWER_S: Final = 2.0
 
 
 class NotWritten(Exception):
@@ -44,6 +53,14 @@ class NotWritten(Exception):
         super().__init__(f"the {kind} to {work.place} was not written to topic '{outgoing.topic}': {text}")
         self.work, self.outgoing = work, outgoing
         self.__cause__ = cause
+
+
+async def cause_of(error: BaseException, producer: AIOKafkaProducer) -> BaseException:
+    """Return why a record was not taken: for want of an answer aiokafka says that there is no such topic."""
+    if isinstance(error, UnknownTopicOrPartitionError) and not await answers(producer, _ANSWER_S):
+        silence: BaseException = RequestTimedOutError("the brokers do not answer")
+        return silence
+    return error
 
 
 class Delivery(ABC):
@@ -114,6 +131,10 @@ class Delivery(ABC):
             lost: they belong to another member already: nothing more may be written or committed.
         """
 
+    async def keep(self, partitions: Sequence[Partition]) -> set[Place]:
+        """After a failure, commit what is done, if that goes; return the records that are done behind one that is not."""
+        return set()
+
     @abstractmethod
     async def stop(self) -> None:
         """End the producers; what they hold and cannot write in a few seconds is dropped: it is not committed."""
@@ -132,7 +153,7 @@ class Delivery(ABC):
         """Note that the broker has what was written because of a record."""
         counts = self.counts
         if work.id:
-            self.recent.add(work.id)
+            (self.recent.forget if outgoing.error else self.recent.add)(work.id)
         if outgoing.error:
             counts.failed(outgoing.error, dead=outgoing.dead)
         else:
@@ -169,7 +190,8 @@ class AtLeastOnce(Delivery):
                 outgoing.topic, outgoing.value, outgoing.key, outgoing.partition, headers=outgoing.headers
             )
         except (KafkaError, AssertionError) as error:  # an assertion: no such partition
-            raise NotWritten(work, outgoing, error) from error
+            cause = await cause_of(error, self._producer)
+            raise NotWritten(work, outgoing, cause) from cause
         self._unwritten += 1
         written.add_done_callback(partial(self._acknowledged, work, outgoing))
 
@@ -231,18 +253,31 @@ class AtLeastOnce(Delivery):
 
     async def settle(self, partitions: Sequence[Partition], until: float, *, lost: bool) -> None:
         self._partitions = set()
-        while self._unwritten and not lost:
-            self._written.clear()
-            try:
-                await asyncio.wait_for(self._written.wait(), until - self.loop.time())
-            except TimeoutError:
-                break
         if not lost:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(until):
+                    await self._all_written()
             try:
                 await asyncio.wait_for(self.commit(partitions), max(1.0, until - self.loop.time()))
             except (TimeoutError, KafkaError) as error:
                 reason = str(error) or type(error).__name__
                 logger.warning("offsets were not committed before partitions went to another member: %s", reason)
+
+    async def _all_written(self) -> None:
+        while self._unwritten:
+            self._written.clear()
+            await self._written.wait()
+
+    async def keep(self, partitions: Sequence[Partition]) -> set[Place]:
+        with contextlib.suppress(TimeoutError, KafkaError, IllegalStateError):
+            async with asyncio.timeout(_KEEP_S):
+                await self._all_written()
+                await self.commit(partitions)
+        return {
+            Place(partition.place.topic, partition.place.partition, offset)
+            for partition in partitions
+            for offset in partition.offsets.beyond
+        }
 
     async def stop(self) -> None:
         if self._committing is not None:

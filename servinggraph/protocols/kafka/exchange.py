@@ -34,7 +34,6 @@ from servinggraph.protocols.v2.parameters import priority_of, timeout_of
 
 __all__ = ["Exchange"]
 
-_CODING: Final = "content-encoding"
 _NUMBER: Final = re.compile(rb"[0-9]{1,15}(\.[0-9]{0,9})?")
 _FRAME: Final = 5
 _LARGE_BYTES: Final = 64 * 1024
@@ -116,7 +115,7 @@ class Exchange:
             if is_structured(work.headers) and work.value is not None:
                 work.value, work.headers = unwrapped(work.value, work.headers)
             headers = work.headers
-            context.id = given = (headers.get(names.REQUEST_ID) or headers.get(ID) or b"").decode("latin-1")
+            context.id = given = _text(headers.get(names.REQUEST_ID) or headers.get(ID) or b"")
             context.headers = RecordHeaders(work.record.headers)  # type: ignore[arg-type]  # decoded when looked at
             until = self.deadline_of(headers)
             if until is not None and until <= self._wall():
@@ -190,7 +189,7 @@ class Exchange:
             )
             value = unframed(value, protobuf=protobuf)
             form = "v2-protobuf" if protobuf else form
-        coding = headers.get(_CODING, b"").decode("latin-1") if headers else ""
+        coding = headers.get(names.CONTENT_ENCODING, b"").decode("latin-1") if headers else ""
         if not coding and len(value) <= _LARGE_BYTES:
             return decode(value, headers, form, plan, self._limits)
 
@@ -237,6 +236,14 @@ class Exchange:
         except InvalidRequest:
             return False
         return until is not None and until <= self._wall()
+
+
+def _text(value: bytes) -> str:
+    """Return an id as text: UTF-8 as a rule; of what is not, each byte is a character."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.decode("latin-1")
 
 
 def _trace(tracer: Picker, work: Work, graph: ServedGraph, context: Context) -> None:

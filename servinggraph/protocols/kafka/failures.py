@@ -24,7 +24,7 @@ from servinggraph.protocols.kafka.clients import Clients
 from servinggraph.protocols.kafka.delivery import NotWritten
 from servinggraph.protocols.kafka.pulse import Fenced
 from servinggraph.protocols.kafka.quiet import last_words
-from servinggraph.protocols.kafka.records import Verdict
+from servinggraph.protocols.kafka.records import LeftOut, Outgoing, Verdict
 
 __all__ = ["TopicMissing", "is_expected", "verdict_on", "words_for"]
 
@@ -63,7 +63,15 @@ def verdict_on(error: Exception, clients: Clients) -> Verdict | None:
         if clients.smaller_batches(size):
             return None
         text = f"topic '{topic}' takes no record of {size} bytes (its 'max.message.bytes')"
-        return Verdict(RequestTooLarge(text), left_out=error.outgoing.dead)
+        return Verdict(RequestTooLarge(text), _left_out(error.outgoing))
     if names.REPLY_TOPIC in error.work.headers and not error.outgoing.dead and isinstance(cause, _UNWRITABLE):
         return Verdict(InvalidRequest(f"reply topic '{topic}' does not take the answer: {cause}"), no_reply=True)
     return None
+
+
+def _left_out(refused: Outgoing) -> LeftOut:
+    """Return what to leave out of what is written instead of a record that was too large."""
+    if not refused.error:
+        return LeftOut.NOTHING  # an answer: its error is short
+    without_value = any(name == names.DEAD_LEFT_OUT for name, _ in refused.headers)
+    return LeftOut.VALUE if refused.dead and not without_value else LeftOut.ALL

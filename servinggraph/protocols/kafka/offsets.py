@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 
 __all__ = ["Offsets"]
 
@@ -29,6 +30,11 @@ class Offsets:
     def __len__(self) -> int:
         """Return how many offsets are begun and not passed by `position`: unfinished ones, and finished ones behind them."""
         return len(self._open)
+
+    @property
+    def beyond(self) -> Collection[int]:
+        """Which offsets are done although one before them is not."""
+        return self._finished
 
     @property
     def unfinished(self) -> int:

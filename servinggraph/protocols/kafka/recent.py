@@ -37,6 +37,10 @@ class Recent:
         if len(self._answered) > self._most:
             self._answered.popitem(last=False)
 
+    def forget(self, id: bytes) -> None:
+        """Note a request that was given up: it is a new one when it is sent again, a dead letter that is sent back say."""
+        self._running.discard(id)
+
     def forget_running(self) -> None:
         """Forget what runs: it is read again."""
         self._running.clear()

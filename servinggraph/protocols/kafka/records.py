@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from enum import IntEnum
 from typing import Any, NamedTuple, Protocol
 
 from servinggraph.errors import ServingGraphError
@@ -11,7 +12,7 @@ from servinggraph.lifecycle import ServedGraph
 from servinggraph.protocols.kafka.lanes import Lanes
 from servinggraph.protocols.kafka.offsets import Offsets
 
-__all__ = ["Outgoing", "Partition", "Place", "Record", "Result", "Verdict", "Work"]
+__all__ = ["LeftOut", "Outgoing", "Partition", "Place", "Record", "Result", "Verdict", "Work"]
 
 
 class Place(NamedTuple):
@@ -80,13 +81,22 @@ class Partition:
         self.results: dict[int, Result] = {}
 
 
+class LeftOut(IntEnum):
+    """What of a record is left out of what is written because it was given up, since the topic takes none of its size."""
+
+    NOTHING = 0
+    VALUE = 1
+    ALL = 2
+    """Its headers and its key as well, as far as they are large."""
+
+
 class Verdict(NamedTuple):
     """What an earlier session found out of a record: it is given up when it is read again."""
 
     error: ServingGraphError
     """What was wrong."""
-    left_out: bool = False
-    """True when its dead letter is to have no value, because that is too large."""
+    left_out: LeftOut = LeftOut.NOTHING
+    """What is too large for the topic that its error or dead letter goes to."""
     no_reply: bool = False
     """True when whoever asked cannot be told."""
 
@@ -132,6 +142,8 @@ class Work:
         self.headers: Mapping[str, bytes] = headers_of(record.headers)
         self.lane: Hashable = None
         self.size = len(record.value or b"") + len(record.key or b"") + 200
+        if record.headers:
+            self.size += sum(len(name) + len(content or b"") for name, content in record.headers)
         self.value = record.value
         self.id = b""
         self.attempts = 0

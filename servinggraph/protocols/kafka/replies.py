@@ -6,10 +6,11 @@ import asyncio
 from typing import Final
 
 from aiokafka import AIOKafkaConsumer
+from aiokafka.errors import TopicAuthorizationFailedError
 
-from servinggraph.errors import InvalidRequest
+from servinggraph.errors import InvalidRequest, Unavailable
 from servinggraph.kafka import headers as names
-from servinggraph.protocols.kafka.clients import has_topic, partitions_of
+from servinggraph.protocols.kafka.clients import answers, has_topic, partitions_of
 from servinggraph.protocols.kafka.records import Work
 
 __all__ = ["ReplyTopics"]
@@ -29,14 +30,15 @@ class ReplyTopics:
 
     def __init__(self, consumer: AIOKafkaConsumer) -> None:
         self._consumer = consumer
-        self._missing: dict[str, float] = {}
+        self._missing: dict[str, tuple[float, str]] = {}
         self._loop = asyncio.get_running_loop()
 
     async def check(self, topic: str, work: Work) -> None:
         """Find out whether a reply can be written.
 
         Raises:
-            InvalidRequest: there is no such topic, or no such partition of it.
+            InvalidRequest: there is no such topic, or no such partition of it, or it may not be used.
+            Unavailable: the brokers do not answer.
         """
         known = partitions_of(self._consumer, topic)
         if known is None:
@@ -50,15 +52,17 @@ class ReplyTopics:
 
     async def _look_up(self, topic: str) -> None:
         now = self._loop.time()
-        if now < self._missing.get(topic, 0.0):
-            raise _missing(topic)
-        if await has_topic(self._consumer, topic, _LOOK_UP_S):
-            return
-        if len(self._missing) >= _MOST:
-            self._missing.clear()
-        self._missing[topic] = now + _MISSING_S
-        raise _missing(topic)
-
-
-def _missing(topic: str) -> InvalidRequest:
-    return InvalidRequest(f"header '{names.REPLY_TOPIC}' names topic '{topic}', which is not there")
+        until, why = self._missing.get(topic, (0.0, ""))
+        if now >= until:
+            try:
+                if await has_topic(self._consumer, topic, _LOOK_UP_S):
+                    return
+                why = "which is not there"
+            except TopicAuthorizationFailedError:
+                why = "which this server may not use"
+            if not await answers(self._consumer, _LOOK_UP_S):
+                raise Unavailable(f"the brokers do not say whether there is a topic '{topic}' for the reply")
+            if len(self._missing) >= _MOST:
+                self._missing.clear()
+            self._missing[topic] = now + _MISSING_S, why
+        raise InvalidRequest(f"header '{names.REPLY_TOPIC}' names topic '{topic}', {why}")

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from servinggraph.errors import DeadlineExceeded, InvalidRequest, ServingGraphError
+from servinggraph.errors import DeadlineExceeded, ServingGraphError
 from servinggraph.guards import backoff_s
 from servinggraph.kafka import KafkaOptions, headers as names
 from servinggraph.protocols.kafka.addressing import Addressing
@@ -139,12 +139,14 @@ class Runner:
 
         Raises:
             InvalidRequest: it has not.
+            Unavailable: the brokers do not say.
         """
+        work.no_reply = False
         topic = self._addressing.checked(work)
         if names.REPLY_TOPIC in work.headers:
             try:
                 await self._reply_topics.check(topic, work)
-            except InvalidRequest:
+            except ServingGraphError:
                 work.no_reply = True
                 raise
 

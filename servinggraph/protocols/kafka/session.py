@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
-from aiokafka.errors import IllegalStateError
+from aiokafka.errors import CommitFailedError, IllegalStateError
 
 from servinggraph.kafka import headers as names
 from servinggraph.protocols.kafka.budget import Budget
 from servinggraph.protocols.kafka.clients import closed
 from servinggraph.protocols.kafka.cloudevents import ID
-from servinggraph.protocols.kafka.delivery import AtLeastOnce, AtMostOnce, Delivery
+from servinggraph.protocols.kafka.delivery import AtLeastOnce, AtMostOnce, Delivery, NotWritten
 from servinggraph.protocols.kafka.pulse import Fenced, Pulse
 from servinggraph.protocols.kafka.records import Outgoing, Partition, Record, Work
 from servinggraph.protocols.kafka.replies import ReplyTopics
@@ -34,6 +34,7 @@ _CHUNK: Final = 500
 _CLOSE_S: Final = 5.0
 _LAST_S: Final = 1.0
 """Time to write and commit what ended at the last moment."""
+_BEGIN_S: Final = 5.0
 _SMOOTHING: Final = 16
 _AHEAD: Final = 65_536
 """Most records of a partition that may be done behind one that is not, before its reading pauses."""
@@ -63,11 +64,13 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
         self._room = asyncio.Event()
         self._settled = asyncio.Event()
         self._giving_up = asyncio.Lock()
+        self._taking = asyncio.Lock()
+        self._giving = False
         self._pulse = Pulse(self._options.input.session_timeout_ms / 1e3)
         self._usual_size = 1000.0
         longest_ms = float(self._options.input.settings.get("max_poll_interval_ms", _MAX_POLL_INTERVAL_MS))
         self._patience_s = longest_ms / 3e3
-        self.joined = self._ended = False
+        self.connected = self.joined = self._ended = False
         self.partitions: dict[TopicPartition, Partition] = {}
         self.budget = Budget(self._options.max_waiting, self._options.max_waiting_bytes)
         self.consumer: AIOKafkaConsumer = stream.clients.consumer()
@@ -98,8 +101,10 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
             for ended in (self._failed, beating, reading):
                 if ended.done():
                     ended.result()
-            await _ended(reading)
             # In order: read no more, let what runs end, write, commit, leave the group.
+            grace_s = self._stream.stop_by - self._loop.time()
+            await self._taken(grace_s)
+            await _ended(reading)
             await self._give_up(self._stream.stop_by - self._loop.time())
         finally:
             self.joined = False
@@ -113,6 +118,7 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
 
     async def _open(self) -> None:
         await self.consumer.start()
+        self.connected = True
         await self.delivery.start()
         await self._stream.check_topics(self.consumer)
         self.consumer.subscribe(self._options.input.topics, listener=self)
@@ -123,6 +129,9 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
         self._ended = True
         self._stream.recent.forget_running()
         await self.runner.abandon()
+        if self._failed.done() and isinstance(self._failed.exception(), NotWritten):
+            # One record was refused: that is no reason to answer others again.
+            self._stream.answered |= await self.delivery.keep(list(self.partitions.values()))
         await self.delivery.stop()
         await closed(self.consumer, _CLOSE_S)
         await self.delivery.stop()  # a rebalance that was under way may have begun anew
@@ -130,6 +139,10 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
             self._failed.cancel()
         elif not self._failed.cancelled():
             self._failed.exception()
+
+    def end(self, error: BaseException) -> None:
+        """End it because of a failure; the first one counts."""
+        self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
         if not self._failed.done():
@@ -142,21 +155,26 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
             if self.budget.full:
                 await self._wait_for_room()
             read = await consumer.getmany(timeout_ms=_POLL_MS, max_records=self._most())
+            partitions = self.partitions  # as they were given out: what is read here is of no later ones
             for place, records in read.items():
-                partition = self.partitions.get(place)
+                partition = partitions.get(place)
                 if partition is None:  # a rebalance is under way: they are read again once it is known where from
                     with contextlib.suppress(IllegalStateError):  # or they are another member's by now
                         consumer.seek(place, records[0].offset)
                     continue
-                if not await self.delivery.taken(partition, records[-1].offset) or not partition.owned:
-                    continue
-                for record in records:
-                    self._take(partition, record)
+                async with self._taking:
+                    if self._giving or not await self.delivery.taken(partition, records[-1].offset) or not partition.owned:
+                        continue
+                    for record in records:
+                        self._take(partition, record)
                 if len(partition.offsets) > _AHEAD:
                     consumer.pause(place)
             self.runner.go()
             self._resume_partitions()
-            await self._settled.wait()
+            if not self._settled.is_set():
+                # Not for as long as it takes: aiokafka says in a poll what goes wrong meanwhile, and does nothing before.
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._settled.wait(), _POLL_MS / 1e3)
 
     def _most(self) -> int:
         """Return how many records may be read: as fit by their number, and by their usual size."""
@@ -170,8 +188,12 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
         self._usual_size += (work.size - self._usual_size) / _SMOOTHING
         self._counts.consumed += 1
         stream = self._stream
+        if stream.answered and work.place in stream.answered:
+            stream.answered.discard(work.place)
+            self.delivery.skip(work)
+            return
         if stream.verdicts:
-            work.verdict = stream.verdicts.pop(work.place, None)
+            work.verdict = stream.verdicts.get(work.place)
         if self._options.duplicates:
             work.id = work.headers.get(names.REQUEST_ID) or work.headers.get(ID) or b""
             if work.id and not stream.recent.begin(work.id):
@@ -230,8 +252,16 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
         async with self._giving_up:
             await self._let_go(grace_s)
 
+    async def _taken(self, grace_s: float) -> None:
+        """Take no more records, and wait for those that are being taken, which may be committed already."""
+        self._giving = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, grace_s)), self._taking:
+                pass
+
     async def _let_go(self, grace_s: float) -> None:
         until = self._loop.time() + max(0.0, grace_s)
+        await self._taken(grace_s)
         partitions = list(self.partitions.values())
         keep = self.delivery.runs_waiting and grace_s > 0
         if not keep:
@@ -245,11 +275,24 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
             await self.runner.abandon()
         await self.delivery.settle(partitions, until + _LAST_S, lost=grace_s <= 0)
         self._stream.recent.forget_running()
-        self.partitions.clear()
+        self._stream.answered.clear()
+        self._stream.verdicts.clear()
+        self.partitions = {}
         self.budget.reset()
         self._room.set()
         if self.delivery.unwritten:
             self._fail(Fenced("the broker did not take all answers before the partitions went to another member"))
+
+    async def _begin_here(self, partitions: Sequence[Partition]) -> None:
+        """Commit where partitions begin of which nothing is committed.
+
+        Else what comes before the first commit would be skipped by whoever reads next, this member after a rebalance say.
+        """
+        for partition in partitions:
+            if await self.consumer.committed(partition.place) is None:
+                position = await self.consumer.position(partition.place)
+                with contextlib.suppress(CommitFailedError, IllegalStateError):  # they are being given out anew
+                    await self.consumer.commit({partition.place: position})
 
     async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
         """Begin with partitions; called by the consumer after a rebalance."""
@@ -258,10 +301,14 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
         partitions = [Partition(place) for place in sorted(assigned)]
         try:
             await self.delivery.assigned(partitions)
+            if self._options.input.start == "latest":
+                async with asyncio.timeout(_BEGIN_S):
+                    await self._begin_here(partitions)
         except Exception as error:
             self._fail(error)
             return
         self.partitions = {partition.place: partition for partition in partitions}
+        self._giving = False
         self._counts.rebalances += 1
         self.joined = True
         self._settled.set()

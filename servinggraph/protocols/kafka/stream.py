@@ -8,13 +8,13 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer
-from aiokafka.errors import IllegalStateError, KafkaError
+from aiokafka.errors import IllegalStateError, KafkaConnectionError, KafkaError
 
 from servinggraph.guards import backoff_s
 from servinggraph.kafka import KafkaOptions
 from servinggraph.lifecycle import Serving
 from servinggraph.protocols.kafka.addressing import Addressing
-from servinggraph.protocols.kafka.clients import Clients, has_topic
+from servinggraph.protocols.kafka.clients import Clients, answers, has_topic
 from servinggraph.protocols.kafka.delivery import NotWritten
 from servinggraph.protocols.kafka.exchange import Exchange
 from servinggraph.protocols.kafka.failures import TopicMissing, is_expected, verdict_on, words_for
@@ -32,6 +32,8 @@ _MOST_S: Final = 15.0
 _TOPIC_S: Final = 5.0
 _LAG_S: Final = 2.0
 """How often the lag is looked at, which also tells whether the brokers answer."""
+_SILENT_S: Final = 30.0
+"""After this long without an answer everything is connected anew, from the addresses of the options."""
 _VERDICTS: Final = 1000
 
 
@@ -44,6 +46,7 @@ class Stream:
         counts: what happened since the start.
         state: what it does now, or why it does nothing, in words.
         verdicts: records whose answers the broker does not take, to be given up when they are read again.
+        answered: records that an earlier session has answered, behind one that ended it.
         recent: requests that were answered lately.
         stop_by: moment on the loop's clock by which a stop has to be over.
         lag: records that wait in this member's partitions, at the last look; None before the first.
@@ -64,6 +67,7 @@ class Stream:
         self.exchange = Exchange(serving, graph, options)
         self.addressing = Addressing(options, graph, self.exchange)
         self.verdicts: dict[Place, Verdict] = {}
+        self.answered: set[Place] = set()
         self.recent = Recent(options.duplicates)
         self.stop_by = 0.0
         self.lag: int | None = None
@@ -95,8 +99,9 @@ class Stream:
                 await session.run(self._stop)
             except Exception as error:
                 failures = 1 if self._loop.time() - began > 2 * _MOST_S else failures + 1
+                if self._failed(error):
+                    failures = 1  # known, and done with: nobody has to wait for long because of it
                 pause = backoff_s(failures, _FIRST_S, _MOST_S, jitter=True)
-                self._failed(error)
                 self.counts.reconnects += 1
                 try:
                     await asyncio.wait_for(self._stop.wait(), pause)
@@ -108,8 +113,8 @@ class Stream:
                     await asyncio.wait({watching})
         self.changed("stopped")
 
-    def _failed(self, error: Exception) -> None:
-        """Note why a session ended, with a line in the log where that is news."""
+    def _failed(self, error: Exception) -> bool:
+        """Note why a session ended, with a line in the log where that is news; True when the next one will not end of it."""
         verdict = verdict_on(error, self.clients)
         if verdict is not None and isinstance(error, NotWritten):
             self.verdicts[error.work.place] = verdict
@@ -121,6 +126,7 @@ class Stream:
             level = logging.WARNING if expected else logging.ERROR
             logger.log(level, "graph '%s', Kafka: %s; trying again", self.graph, state, exc_info=None if expected else error)
         self.changed(state)
+        return verdict is not None
 
     def changed(self, state: str) -> None:
         """Note a change of the state; empty for one in which records are read."""
@@ -144,13 +150,20 @@ class Stream:
 
     async def _watch(self, session: Session) -> None:
         """Look at the lag now and then, which also tells whether the brokers answer."""
+        heard = self._loop.time()
         while True:
             await asyncio.sleep(_LAG_S)
+            if self._loop.time() - heard > _SILENT_S:
+                # aiokafka looks for the cluster only where it was: its brokers may have other addresses by now.
+                session.end(KafkaConnectionError(f"no answer for {_SILENT_S:.0f} s"))
             if not session.joined:
+                if not session.connected or await answers(session.consumer, 2 * _LAG_S):
+                    heard = self._loop.time()
                 continue
             ready = self.ready
             try:
                 self.lag = await asyncio.wait_for(self._lag_of(session), 2 * _LAG_S)
+                heard = self._loop.time()
             except IllegalStateError:
                 continue  # partitions were given out anew meanwhile
             except (KafkaError, TimeoutError):
@@ -174,7 +187,8 @@ class Stream:
         for place, end in ends.items():
             partition = session.partitions.get(place)
             if partition is not None:
-                position = partition.offsets.position
+                # With nothing under way the consumer's: it is past the gaps that transactions leave.
+                position = partition.offsets.position if len(partition.offsets) else None
                 lag += max(0, end - (await session.consumer.position(place) if position is None else position))
         return lag
 

@@ -21,7 +21,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, ProducerFenced
 
 from servinggraph.protocols.kafka.clients import closed
-from servinggraph.protocols.kafka.delivery import Delivery, NotWritten
+from servinggraph.protocols.kafka.delivery import Delivery, NotWritten, cause_of
 from servinggraph.protocols.kafka.records import Outgoing, Partition, Result, Work
 
 __all__ = ["ExactlyOnce"]
@@ -210,5 +210,13 @@ class _Writer:
         except ProducerFenced:
             raise
         except (KafkaError, AssertionError) as error:  # an assertion: no such partition
-            raise NotWritten(work, outgoing, error) from error
+            cause = await cause_of(error, self._producer)
+            raise NotWritten(work, outgoing, cause) from cause
+        future.add_done_callback(_seen)
         return future
+
+
+def _seen(future: asyncio.Future[Any]) -> None:
+    """Look at an outcome: of many that are refused together only the first is told of."""
+    if not future.cancelled():
+        future.exception()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, TypeVar
@@ -64,6 +65,7 @@ class TopicOptions(ConnectionOptions):
 
 
 _CLOSE_S: Final = 5.0
+_FLUSH_S: Final = 10.0
 
 TopicOptionsT = TypeVar("TopicOptionsT", bound=TopicOptions)
 
@@ -82,7 +84,7 @@ class TopicWriter:
         self._key = None if options.key == "none" else key_reader(options.key)
         self._producer: Any = None
         self._connecting = asyncio.Lock()
-        self._ending: set[asyncio.Task[bool]] = set()
+        self._ending: set[asyncio.Task[None]] = set()
 
     def key(self, value: Any, context: Context) -> bytes | None:
         """Return the key of a request's record."""
@@ -126,17 +128,22 @@ class TopicWriter:
         try:
             return await asyncio.shield(sent)  # who leaves does not take back what is on its way
         except KafkaError as error:
-            if not isinstance(error, MessageSizeTooLargeError | RecordTooLargeError):
-                self._renew(producer)
+            self._renew(producer)
             raise self._failure(error, 0) from error
 
     def _renew(self, producer: Any) -> None:
-        """Have the next record written over a new connection: a producer whose sequence is broken fails for good."""
+        """Have the next record written over a new connection: a producer of which a record was refused fails for good."""
         if producer is not None and producer is self._producer:
             self._producer = None
-            ending = asyncio.get_running_loop().create_task(closed(producer, _CLOSE_S))
+            ending = asyncio.get_running_loop().create_task(self._retire(producer))
             self._ending.add(ending)
             ending.add_done_callback(self._ending.discard)
+
+    async def _retire(self, producer: Any) -> None:
+        """End a producer once what others wait for is written, as far as that goes."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(producer.flush(), min(_FLUSH_S, self._options.write_timeout_ms / 1e3))
+        await closed(producer, _CLOSE_S)
 
     def _failure(self, error: BaseException, size: int) -> ServingGraphError:
         topic = self._conceal(self._options.topic)
@@ -156,6 +163,8 @@ class TopicWriter:
     async def _connected(self) -> Any:
         async with self._connecting:
             if self._producer is None:
+                if self._ending:  # what was handed over before is written before
+                    await asyncio.wait(self._ending)
                 options = self._options
                 compression = None if options.compression == "none" else options.compression
                 made = AIOKafkaProducer(
@@ -187,9 +196,17 @@ class TopicWriter:
 
 def record_headers(context: Context, id: str, wanted: list[str], own: Mapping[str, bytes], node: str) -> dict[str, bytes]:
     """Return the headers of a request's record: those of the request that are wanted, its id, and those of the format."""
-    passed = {name: context.headers[name].encode() for name in wanted if name in context.headers}
+    passed = {name: _bytes(context.headers[name]) for name in wanted if name in context.headers}
     passed |= {name: value.encode() for name, value in trace_headers(context, node).items() if name in wanted}
     return {**passed, **({names.REQUEST_ID: id.encode()} if id else {}), **own}
+
+
+def _bytes(text: str) -> bytes:
+    """Return a header as it came: of its bytes each is a character."""
+    try:
+        return text.encode("latin-1")
+    except UnicodeEncodeError:
+        return text.encode()
 
 
 class TopicStep(Step[TopicOptionsT]):

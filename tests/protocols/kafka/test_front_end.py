@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from aiokafka import AIOKafkaProducer
 
 from servinggraph import Graph
 from servinggraph.errors import Unavailable
@@ -218,3 +219,55 @@ async def test_a_graph_that_comes_later_is_read_and_one_that_goes_is_read_no_mor
         assert [10.0] == values((await kit.read(served.output, 1))[0])
         assert 1 == len(await kit.read(second["output"]["topic"], 1))
     assert [] == await kit.read(second["errors"]["topic"], 0)
+
+
+async def test_a_reply_topic_that_the_brokers_say_nothing_of_is_looked_up_again(kit):
+    gate = asyncio.Event()
+
+    async def wait(value):
+        if value["x"][0] == 1:
+            await gate.wait()
+        return {"y": value["x"]}
+
+    kafka = await kit.options(retry={"first_ms": 500.0})
+    replies = await kit.broker.topic("replies")
+    kafka["output"]["reply_topics"] = ["replies*"]
+    asking = {"key": b"k", "value": body(2), "headers": [("x-reply-topic", replies.encode())]}
+    async with kit.serve(wait, kafka) as served:
+        await kit.send(served.input, (b"first", body(0)), (b"k", body(1)), asking)
+        await until(lambda: (served.report["consumed"], served.report["produced"]) == (3, 1))
+        kit.broker.pause()
+        try:
+            gate.set()
+            await until(lambda: served.report["retries"] == 1)
+        finally:
+            kit.broker.resume()
+        assert [2.0] == [values(reply)[0] for reply in await kit.read(replies, 1)]
+
+
+async def test_reply_topics_that_are_not_there_are_not_asked_for_again_and_again(kit):
+    kafka = await kit.options(max_in_flight=20)
+    kafka["output"]["reply_topics"] = ["replies*"]
+    async with kit.serve(double, kafka) as served:
+        asking = ({"value": body(1), "headers": [("x-reply-topic", b"replies-not-%d" % number)]} for number in range(20))
+        await kit.send(served.input, *asking)
+        await kit.read(served.dead, 20, quiet_s=0)
+        (stream,) = served.front_end._streams.values()
+        client = stream._session.consumer._client
+        await until(lambda: not any(topic.startswith("replies-not") for topic in client._topics), lambda: client._topics)
+
+
+async def test_gaps_that_transactions_leave_are_no_lag(kit):
+    kafka = await kit.options(input={"max_lag": 5})
+    async with kit.serve(double, kafka) as served:
+        async with AIOKafkaProducer(bootstrap_servers=kit.address, transactional_id=served.input) as producer:
+            async with producer.transaction():
+                await producer.send(served.input, body(1))
+            with pytest.raises(ZeroDivisionError):
+                async with producer.transaction():
+                    for _ in range(10):
+                        await producer.send_and_wait(served.input, body(1))
+                    raise ZeroDivisionError
+        await until(lambda: served.report["produced"] == 1)
+        await until(lambda: served.report["lag"] == 0 and served.report["ready"], lambda: served.report)
+        assert 1 == served.report["consumed"]

@@ -62,6 +62,18 @@ async def test_no_more_bytes_are_read_than_may_wait_but_for_a_record(kit):
         assert 0 == served.report["waiting_bytes"]
 
 
+async def test_headers_count_as_bytes_that_wait(kit):
+    gate = Gate()
+    kafka = await kit.options(max_waiting_bytes=500_000)
+    async with kit.serve(gate.__call__, kafka) as served:
+        await kit.send(served.input, *({"value": body(1), "headers": [("mine", b"x" * 70_000)]} for _ in range(40)))
+        await until(lambda: served.report["paused"])
+        assert 500_000 <= served.report["waiting_bytes"] < 500_000 + 2 * 80_000
+        gate.open.set()
+        await kit.read(served.output, 40)
+        assert 0 == served.report["waiting_bytes"]
+
+
 async def test_a_graph_that_is_slower_than_the_group_waits_for_polls_keeps_its_partitions(kit):
     gate = Gate()
     kafka = await kit.options(input={"settings": {"max_poll_interval_ms": 1000}}, max_in_flight=1, max_waiting=2)

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
+from aiokafka.errors import KafkaError
 
 pytestmark = pytest.mark.anyio
 
@@ -112,3 +113,58 @@ async def test_a_member_that_stood_still_for_longer_than_its_group_waits_writes_
     frozen.stop()
 
     assert [[2.0], [2.0]] == [numbers(answers), numbers(again)]
+
+
+async def test_a_rebalance_that_fails_is_begun_anew(kit):
+    kafka = await kit.options()
+    async with kit.serve(double, kafka) as served:
+        (stream,) = served.front_end._streams.values()
+        coordinator = stream._session.consumer._coordinator
+
+        async def refused(subscription):
+            await asyncio.sleep(1)  # longer than a poll lasts
+            raise KafkaError("the group has no room")
+
+        coordinator._do_rejoin_group = refused
+        coordinator.request_rejoin()
+        await until(lambda: served.report["state"] == "KafkaError: the group has no room", lambda: served.report)
+        await served.ready()
+        await kit.send(served.input, body(1))
+        assert [2.0] == numbers(await kit.read(served.output, 1))
+
+
+@pytest.mark.parametrize("delivery", ["at_least_once", "exactly_once", "at_most_once"])
+async def test_what_comes_between_two_members_is_answered_although_they_begin_with_what_comes(kit, delivery):
+    kafka = await kit.options(partitions=2, delivery=delivery, input={"start": "latest"})
+    await kit.send(kafka["input"]["topics"][0], body(1), body(2))  # before the first one
+    async with kit.serve(double, kafka):
+        pass
+    await kit.send(kafka["input"]["topics"][0], body(3), body(4))
+    async with kit.serve(double, kafka) as served:
+        assert {6.0, 8.0} == set(numbers(await kit.read(served.output, 2)))
+
+
+@pytest.mark.parametrize("by", ["stop", "rebalance"])
+async def test_at_most_once_runs_what_it_has_just_committed_before_it_lets_go(kit, by):
+    kafka = await kit.options(delivery="at_most_once")
+    async with AsyncExitStack() as stack:
+        served = await stack.enter_async_context(kit.serve(double, kafka))
+        (stream,) = served.front_end._streams.values()
+        consumer = stream._session.consumer
+        commit, committed, go_on = consumer.commit, asyncio.Event(), asyncio.Event()
+
+        async def slowly(offsets):
+            await commit(offsets)
+            committed.set()
+            await go_on.wait()
+
+        consumer.commit = slowly
+        await kit.send(served.input, body(1))
+        await committed.wait()
+        if by == "rebalance":
+            await stack.enter_async_context(kit.serve(double, kafka, ready=False))
+            await until(lambda: not stream._session.joined)
+        asyncio.get_running_loop().call_later(0.5, go_on.set)
+        if by == "rebalance":
+            await until(lambda: stream.counts.rebalances == 2)
+    assert [2.0] == numbers(await kit.read(kafka["output"]["topic"], 1))

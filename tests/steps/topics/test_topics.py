@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from aiokafka import AIOKafkaConsumer
+from aiokafka.partitioner import DefaultPartitioner
 
 from servinggraph import Graph
 from servinggraph.errors import GraphInvalid, InvalidRequest, StepFailed, Unavailable
@@ -238,3 +239,22 @@ async def test_a_broker_that_stood_still_fails_what_waited_and_takes_what_follow
                 continue
 
     assert answer.outputs["offset"].tolist()[0] >= 1
+
+
+async def test_a_record_that_the_topic_refuses_does_not_fail_those_beside_it_and_after_it(kafka):
+    """A producer fails for good in the partition of a record that was refused: what comes next needs another one."""
+    topic = await kafka.topic("small", partitions=4, settings={"max.message.bytes": "20000"})
+
+    def partition(number):
+        return DefaultPartitioner()(str(number).encode(), [0, 1, 2, 3], [0, 1, 2, 3])
+
+    refused = np.arange(10_000, dtype="f4")  # its key is its first element
+    beside = [number for number in map(float, range(1, 100)) if partition(number) != partition(0.0)]
+    async with tensors(Queue(topic, kafka.address, key="tensor:x", write_timeout_ms=5000)).mock() as server:
+        for _ in range(3):
+            asked = [server.infer({"x": refused}), *(server.infer(x=[number]) for number in beside)]
+            failure, *answers = await asyncio.gather(*asked, return_exceptions=True)
+            assert isinstance(failure, StepFailed), failure
+            assert "does not take a record of this size" in str(failure)
+            assert [] == [answer for answer in answers if isinstance(answer, BaseException)]
+            await server.infer(x=[0.0])
