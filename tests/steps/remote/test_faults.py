@@ -6,6 +6,7 @@ import os
 import socket
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -381,17 +382,17 @@ def options_of_connections_to(port, level, option):
     found = set()
     for descriptor in Path("/proc/self/fd").iterdir():
         try:
-            copy = os.dup(int(descriptor.name))
+            copied = os.dup(int(descriptor.name))
         except OSError:  # closed meanwhile
             continue
         try:
-            with socket.socket(fileno=copy) as connection:
-                copy = -1  # closes with the socket
-                if connection.getpeername()[1] == port:
-                    found.add(connection.getsockopt(level, option))
-        except (OSError, IndexError):  # no socket, or one without a port
-            if copy >= 0:
-                os.close(copy)
+            connection = socket.socket(fileno=copied)
+        except OSError:  # no socket
+            os.close(copied)
+            continue
+        with connection, suppress(OSError, IndexError):  # not connected, or without a port
+            if connection.getpeername()[1] == port:
+                found.add(connection.getsockopt(level, option))
     return found
 
 
