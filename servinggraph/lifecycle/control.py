@@ -223,7 +223,8 @@ class RouterSeat:
             except StateFailed as error:
                 self._failed(error)
                 return
-            if later is not None and self._merged(later):
+            # One that has been replaced meanwhile is not another worker: what its successor has saved holds.
+            if later is not None and self.replaced_by is None and self._merged(later):
                 continue
             break
         if self.router.revision == document["revision"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -168,6 +169,39 @@ def test_a_graph_that_is_reloaded_takes_up_the_settings_of_the_one_that_still_se
         await new.stop()
         last = Catalog(Control())
         await last.load([plan()])
+        assert {"weights": {"a": 0.0, "b": 7}} == last.get("g").seats["test"].router.settings()
+        await last.stop()
+
+    run(check())
+
+
+def test_a_save_that_the_successors_overtakes_does_not_undo_it(run, tmp_path, monkeypatch):
+    really, overtaken, begun = FileStore.save, threading.Event(), []
+
+    def save(*arguments):
+        begun.append(True)
+        if len(begun) == 1:
+            assert overtaken.wait(30)
+            return really(*arguments)
+        try:
+            return really(*arguments)
+        finally:
+            overtaken.set()
+
+    monkeypatch.setattr(FileStore, "save", save)
+
+    async def check():
+        control = Control()
+        old, new, last = Catalog(control), Catalog(control), Catalog(Control())
+        await old.load([a_plan(state=str(tmp_path / "state.json"))])
+        control.change(old.get("g").seats["test"], {"weights": {"a": 5}})
+        while not begun:
+            await asyncio.sleep(0)
+        await new.load([a_plan(state=str(tmp_path / "state.json"))])
+        control.change(new.get("g").seats["test"], {"weights": {"b": 7}})
+        await old.stop()
+        await new.stop()
+        await last.load([a_plan(state=str(tmp_path / "state.json"))])
         assert {"weights": {"a": 0.0, "b": 7}} == last.get("g").seats["test"].router.settings()
         await last.stop()
 
