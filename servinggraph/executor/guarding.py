@@ -190,7 +190,7 @@ def _retried(operation: Operation, policy: RetryPolicy, node: str) -> Operation:
         budget.request()
         attempt = 1
         while True:
-            view = context if attempt == 1 else context.for_piece()
+            view = context.for_piece()  # what a run that failed has told is not the answer's
             try:
                 result = call(value, view)
                 result = await result if suspends else result
@@ -202,8 +202,7 @@ def _retried(operation: Operation, policy: RetryPolicy, node: str) -> Operation:
                     raise
                 logger.debug("node '%s': attempt %d failed, again in %.0f ms: %s", node, attempt, pause * 1e3, error)
             else:
-                if view is not context:
-                    context.response_parameters.update(view.response_parameters)
+                context.response_parameters.update(view.response_parameters)
                 return result
             if pause:
                 await asyncio.sleep(pause)

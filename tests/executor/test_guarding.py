@@ -152,6 +152,21 @@ def test_response_parameters_of_a_retried_router_are_those_of_the_run_that_worke
     serve(run, manual_clock, graph, check)
 
 
+def test_what_a_run_that_failed_has_told_is_not_in_the_answer(run, manual_clock):
+    flaky = Flaky(1)
+
+    async def tell(value, context: Context):
+        context.response_parameters[f"calls.{flaky.calls}"] = True
+        return await flaky(value)
+
+    async def check(server):
+        request = asyncio.ensure_future(server.infer(x=X))
+        await manual_clock.advance(1)
+        assert {"calls.1": True} == (await request).parameters
+
+    serve(run, manual_clock, a_graph(tell, retry={"attempts": 2, "backoff_ms": 10}), check)
+
+
 def test_a_breaker_refuses_at_once_and_closes_when_the_node_works_again(run, manual_clock):
     work = Flaky(3)
 
