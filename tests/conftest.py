@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib.util
+import logging
 import os
 import random
 import socket
@@ -51,6 +52,15 @@ def pytest_collection_finish() -> None:
 def _the_same_chances() -> None:
     """Whatever is left to chance falls out alike in each run."""
     random.seed(1)
+
+
+@pytest.fixture(autouse=True)
+def _the_same_log_level() -> Iterator[None]:
+    """A test that changes what is logged, or whose servers end in another order than they began, changes it for itself."""
+    logger = logging.getLogger("servinggraph")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture
