@@ -254,6 +254,7 @@ class Router(ABC, Generic[OptionsT]):
         routes: True when the route in a request's URL decides; set by `signature`.
         versions: versions of the graph that a request may ask for, where they decide; set by `signature`.
         reads: tensors that decide, whether branches take them or not; set by `signature`.
+        conceal: puts `${NAME}` in place of what came from the environment, in a text for people; set before `signature`.
         detached: True when a branch may run although its request was answered, and so outside of its sequence.
         repeats: True when a branch may run several times for a request, and so at no one place in its sequence.
         name: the node's name.
@@ -270,6 +271,7 @@ class Router(ABC, Generic[OptionsT]):
     routes: bool = False
     versions: Collection[str] = ()
     reads: Collection[str] = ()
+    conceal: Callable[[str], str] = str
     detached: ClassVar[bool] = False
     repeats: ClassVar[bool] = False
 

@@ -231,6 +231,7 @@ class NodeCompiler:
         if options is None or len(branches) != len(spec.branches or {}) or not branches:
             return None, None
         router: Router[Any] = kind(name, options, self.source.base)
+        router.conceal = partial(self.source.expansion.conceal, path=path)
         try:
             return router, router.signature({short: node.signature for short, node in branches.items()})
         except GraphInvalid as error:

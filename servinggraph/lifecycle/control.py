@@ -103,7 +103,7 @@ class RouterSeat:
             if self._sharing is None and self._control.takes_over(self):
                 self._save_after(0)  # what the other has not saved yet
         except StateFailed as error:
-            raise StepFailed(str(error)).at(self.router.name) from error
+            raise StepFailed(self.router.conceal(str(error))).at(self.router.name) from error
         except InvalidRequest as error:
             text = f"its saved state '{self.key}' does not fit the graph any more: {error.message}; remove it to begin anew"
             raise StepFailed(text).at(self.router.name) from error

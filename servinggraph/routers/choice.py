@@ -45,7 +45,7 @@ class Choice(Selector[ChoiceOptions]):
                 )
                 continue
             try:
-                self._rules.append((branch, Expression(text)))
+                self._rules.append((branch, Expression(text, self.conceal)))
             except ValueError as error:
                 problems.append(Problem(str(error), node="when"))
         default = self.options.default

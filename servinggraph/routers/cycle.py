@@ -41,7 +41,7 @@ class Cycle(Router[CycleOptions]):
         if len(branches) != 1:
             problems.append(Problem(f"takes one branch, what is repeated; got {', '.join(branches)}", node="branches"))
         try:
-            self._again = Expression(self.options.repeat_while)
+            self._again = Expression(self.options.repeat_while, self.conceal)
         except ValueError as error:
             problems.append(Problem(str(error), node="repeat_while"))
         if problems:
@@ -70,10 +70,8 @@ class Cycle(Router[CycleOptions]):
             await asyncio.sleep(0)  # turns that suspend nowhere would never let anybody else run
         else:
             if self.options.at_limit == "error":
-                limit = self.options.max_iterations
-                raise StepFailed(
-                    f"'repeat_while: {self.options.repeat_while}' still holds after {limit} turns (limit 'max_iterations')"
-                )
+                limit, condition = self.options.max_iterations, self.conceal(self.options.repeat_while)
+                raise StepFailed(f"'repeat_while: {condition}' still holds after {limit} turns (limit 'max_iterations')")
         context.response_parameters[f"{self.name}.iterations"] = turn
         return value
 

@@ -35,7 +35,7 @@ class Filter(Selector[FilterOptions]):
         if len(branches) != 1:
             problems.append(Problem(f"takes one branch, what is behind the filter; got {', '.join(branches)}", node="branches"))
         try:
-            self._rule = Expression(self.options.when)
+            self._rule = Expression(self.options.when, self.conceal)
         except ValueError as error:
             problems.append(Problem(str(error), node="when"))
         if problems:
@@ -53,7 +53,7 @@ class Filter(Selector[FilterOptions]):
         return self._branch
 
     def describe(self) -> str:
-        return f"filter ({self.options.when})"
+        return f"filter ({self.conceal(self.options.when)})"
 
     def report(self) -> dict[str, Any]:
         return {"passed": self._passed, "refused": self._refused}

@@ -2,8 +2,8 @@
 
 import pytest
 
-from servinggraph import Graph, steps
-from servinggraph.errors import GraphInvalid
+from servinggraph import Graph, routers, steps
+from servinggraph.errors import GraphInvalid, InvalidRequest, StepFailed
 from servinggraph.server import read_graphs
 
 
@@ -80,3 +80,41 @@ def test_what_came_from_the_environment_is_not_printed(options, told, monkeypatc
     assert told in printed
     assert "hunter22" not in printed
     assert "-7" not in printed
+
+
+@pytest.mark.parametrize(
+    ("condition", "headers", "message"),
+    [
+        ("headers['x-key'] == '${DOOR_KEY}'", {}, "expression 'headers['x-key'] == '${DOOR_KEY}'' asks for 'x-key'"),
+        ("int('${DOOR_KEY}') > 1", {}, "invalid literal for int() with base 10: '${DOOR_KEY}'"),
+        ("headers['x-key'] == '${DOOR_KEY}'", {"x-key": "guess"}, "go away"),
+        ("inputs['x'] > 0 or id == '${DOOR_KEY}'", {}, "'inputs['x'] > 0 or id == '${DOOR_KEY}'' asks several truth values"),
+    ],
+)
+def test_a_condition_tells_no_caller_what_it_compares_with(monkeypatch, condition, headers, message):
+    monkeypatch.setenv("DOOR_KEY", "sesame!")
+    door = routers.Filter(lambda value: value, condition, {"message": "go away"})
+    with Graph("g", {"x": ("FP32", [-1])}).to(door, "door").respond().mock() as server:
+        with pytest.raises((InvalidRequest, StepFailed)) as caught:
+            server.infer(x=[1.0, 2.0], headers=headers)
+        assert message in caught.value.message
+        about = server.request("GET", "/admin/graphs/g").body.decode()
+    assert "${DOOR_KEY}" in about
+    assert "sesame" not in about + caught.value.message
+
+
+def test_a_cycle_tells_no_caller_what_it_compares_with(monkeypatch):
+    monkeypatch.setenv("DOOR_KEY", "sesame!")
+    cycle = routers.Cycle(lambda value: value, "id != '${DOOR_KEY}'", 2)
+    graph = Graph("g", {"x": ("FP32", [-1])}).to(cycle, "turn").respond()
+    text = "repeat_while: id != '.{DOOR_KEY}'' still holds after 2 turns"
+    with graph.mock() as server, pytest.raises(StepFailed, match=text):
+        server.infer(x=[1.0])
+
+
+def test_where_state_is_kept_is_told_by_reference(monkeypatch):
+    monkeypatch.setenv("DOOR_KEY", "sesame!")
+    router = routers.Ab({"a": lambda value: value}, {"a": 1}, state="unix:///nowhere/${DOOR_KEY}")
+    with pytest.raises(StepFailed, match="cannot read state") as caught:
+        Graph("g", {"x": ("FP32", [-1])}).to(router, "ab").respond().mock().__enter__()
+    assert "sesame" not in caught.value.message

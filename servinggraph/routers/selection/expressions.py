@@ -118,6 +118,7 @@ class Expression:
 
     Args:
         text: the expression, in Python's syntax.
+        conceal: puts references in place of what came from the environment, in a text for people.
 
     Attributes:
         text: the expression.
@@ -127,10 +128,11 @@ class Expression:
         ValueError: it cannot be parsed, or uses what there is not.
     """
 
-    __slots__ = ("_evaluator", "_tree", "tensors", "text")
+    __slots__ = ("_conceal", "_evaluator", "_tree", "tensors", "text")
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, conceal: Callable[[str], str] = str) -> None:
         self.text = text
+        self._conceal = conceal
         try:
             tree = ast.parse(text.strip(), mode="eval")
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -156,7 +158,7 @@ class Expression:
             return bool(result)
         except ValueError:
             text = f"expression '{self.text}' gives {getattr(result, 'size', 'several')} truth values: use any(...) or all(...)"
-            raise StepFailed(text) from None
+            raise StepFailed(self._conceal(text)) from None
 
     def value(self, value: Any, context: Context) -> Any:
         """Return what the expression gives; errors as `holds`."""
@@ -178,12 +180,16 @@ class Expression:
             raise
         except (KeyError, IndexError) as error:
             text = f"expression '{self.text}' asks for {error}, which this request does not have"
-            raise InvalidRequest(f"{text}; get(mapping, key) gives None then") from None
+            raise InvalidRequest(self._conceal(f"{text}; get(mapping, key) gives None then")) from None
         except (TypeError, ValueError, ArithmeticError) as error:  # a text for a number, no rows for their maximum
+            if "truth value of an array" in str(error):  # numpy's words for what `and`, `or` and `not` cannot do
+                text = f"expression '{self.text}' asks several truth values for one: use any(...) or all(...)"
+                raise StepFailed(self._conceal(text)) from None
             text = f"expression '{self.text}' cannot be computed of this request: {type(error).__name__}: {error}"
-            raise InvalidRequest(text[:_LONGEST]) from None
+            raise InvalidRequest(self._conceal(text)[:_LONGEST]) from None
         except (InvalidExpression, Exception) as error:
-            raise StepFailed(f"expression '{self.text}' failed: {type(error).__name__}: {error}") from error
+            text = f"expression '{self.text}' failed: {type(error).__name__}: {error}"
+            raise StepFailed(self._conceal(text)) from error
 
 
 def _misfit(node: ast.AST) -> str | None:
