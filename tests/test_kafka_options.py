@@ -37,6 +37,10 @@ def test_the_least_that_a_block_needs_is_brokers_topics_and_a_group():
         ({"errors": {"topic": "in"}}, "errors.topic 'in' is read, too"),
         ({"output": {"topic": "out", "key": "none"}}, "'order: key' needs 'output: {key: same}'"),
         ({"input": {**LEAST["input"], "settings": {"enable_auto_commit": True}}}, "input.settings: enable_auto_commit is what"),
+        (
+            {"input": {**LEAST["input"], "settings": {"isolation_level": "read_uncommitted", "session_timeout_ms": 60_000}}},
+            "input.settings: isolation_level, session_timeout_ms is what this block decides",
+        ),
         ({"output": {"topic": "out", "settings": {"acks": 1}}}, "output.settings: acks is what this block decides"),
         ({"max_waiting": 5}, "max_waiting 5 is below max_in_flight 256"),
         ({"security": {"protocol": "sasl_ssl"}}, "PLAIN needs 'username' and 'password'"),

@@ -28,6 +28,7 @@ __all__ = [
 _SHARED: Final = {"loop", "bootstrap_servers", "client_id"}
 _OURS_OF_CONSUMERS: Final = _SHARED | {
     "group_id", "group_instance_id", "enable_auto_commit", "auto_offset_reset", "key_deserializer", "value_deserializer",
+    "isolation_level", "session_timeout_ms",
 }  # fmt: skip
 _OURS_OF_PRODUCERS: Final = _SHARED | {
     "acks", "enable_idempotence", "transactional_id", "key_serializer", "value_serializer", "compression_type",
