@@ -55,12 +55,16 @@ def _the_same_chances() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _the_same_log_level() -> Iterator[None]:
-    """A test that changes what is logged, or whose servers end in another order than they began, changes it for itself."""
-    logger = logging.getLogger("servinggraph")
-    level = logger.level
+def _the_same_logging() -> Iterator[None]:
+    """A test that sets logging up, as every command does, does so for itself."""
+    loggers = [logging.getLogger(), logging.getLogger("servinggraph")]
+    before = [(logger.level, list(logger.handlers)) for logger in loggers]
     yield
-    logger.setLevel(level)
+    for logger, (level, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        for handler in set(logger.handlers).difference(handlers):
+            if not type(handler).__module__.startswith("_pytest"):
+                logger.removeHandler(handler)
 
 
 @pytest.fixture
