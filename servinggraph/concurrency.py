@@ -12,6 +12,7 @@ import inspect
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Generator, Sequence
+from operator import methodcaller
 from queue import SimpleQueue
 from typing import Any, Final
 
@@ -35,6 +36,8 @@ _CLOSINGS: Final = 3
 """How often a generator is told to end that catches GeneratorExit and goes on."""
 
 _END: Final = object()
+
+_result: Final = methodcaller("result")
 
 
 async def run_until(
@@ -92,11 +95,13 @@ async def run_all(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
     futures = started(awaitables)
     try:
         if all(future.done() for future in futures):
-            return [future.result() for future in futures]
+            return list(map(_result, futures))
         return await asyncio.gather(*futures)
     except BaseException:
         await cancel_all(futures)
         raise
+    finally:
+        del futures, awaitables  # one of them has the error, which holds this frame by its traceback
 
 
 async def cancel_all(futures: Sequence[asyncio.Future[Any]]) -> None:

@@ -143,11 +143,18 @@ def at_once(operation: Operation, loop: asyncio.AbstractEventLoop) -> Handler:
     call = operation.call
 
     def handle(value: Any, context: Context) -> asyncio.Future[Any]:
-        future = loop.create_future()
         try:
-            future.set_result(call(unshared(value), context))
+            result = call(unshared(value), context)
         except ServingGraphError as error:  # others have become one
-            future.set_exception(error)
+            return failed(error)
+        future = loop.create_future()
+        future.set_result(result)
+        return future
+
+    def failed(error: ServingGraphError) -> asyncio.Future[Any]:
+        # Not in the frame that the error holds by its traceback: the tensors there would stay until a garbage collection.
+        future = loop.create_future()
+        future.set_exception(error)
         return future
 
     return handle

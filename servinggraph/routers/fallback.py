@@ -49,24 +49,28 @@ class Fallback(Router[FallbackOptions]):
 
     async def route(self, value: Any, context: Context, branches: Mapping[str, Handler]) -> Any:
         failure: ServingGraphError | None = None
-        for name, branch in branches.items():
-            view = context.for_piece()
-            view.failure = failure
-            try:
-                result = await branch(value, view)
-            except ServingGraphError as error:
-                if failure is not None and error.__cause__ is None:
-                    error.__cause__ = failure
-                # What a request's own deadline ended has no time for another try.
-                if name == self._last or error.code not in self._on or context.cancelled:
-                    raise
-                failure = error
-                continue
-            context.response_parameters.update(view.response_parameters)
-            context.response_parameters[f"{self.name}.branch"] = name
-            self._answered[name] += 1
-            return result
-        raise AssertionError("the last branch answers or raises")
+        view: Context | None = None
+        try:
+            for name, branch in branches.items():
+                view = context.for_piece()
+                view.failure = failure
+                try:
+                    result = await branch(value, view)
+                except ServingGraphError as error:
+                    if failure is not None and error.__cause__ is None:
+                        error.__cause__ = failure
+                    # What a request's own deadline ended has no time for another try.
+                    if name == self._last or error.code not in self._on or context.cancelled:
+                        raise
+                    failure = error
+                    continue
+                context.response_parameters.update(view.response_parameters)
+                context.response_parameters[f"{self.name}.branch"] = name
+                self._answered[name] += 1
+                return result
+            raise AssertionError("the last branch answers or raises")
+        finally:
+            del failure, view  # by its traceback a failure holds this frame, and with it the tensors
 
     def describe(self) -> str:
         return "fallback"

@@ -67,14 +67,17 @@ class Map(Router[MapOptions]):
         if not items:
             # Only the branch knows what tensors of no rows look like.
             return await branch(value, context) if by_row else []
-        results = await self._run_all(items, context, branch)
-        failures = [result for result in results if isinstance(result, BaseException)]
-        if failures:
-            self._bear(failures, len(items))
-            context.response_parameters[f"{self.name}.failed"] = len(failures)
-        if not by_row:
-            return [None if isinstance(r, BaseException) else r for r in results if self._stays(r)]
-        return self._joined([result for result in results if not isinstance(result, BaseException)])
+        results: list[Any] = [None] * len(items)
+        try:
+            await self._run_all(items, context, branch, results)
+            if failed := sum(isinstance(result, BaseException) for result in results):
+                self._bear(results, failed)
+                context.response_parameters[f"{self.name}.failed"] = failed
+            if not by_row:
+                return [None if isinstance(r, BaseException) else r for r in results if self._stays(r)]
+            return self._joined([result for result in results if not isinstance(result, BaseException)])
+        finally:
+            results.clear()  # by its traceback an error holds who ran the items, who has them all
 
     def describe(self) -> str:
         return f"map ({self.options.concurrency} at once)"
@@ -93,9 +96,8 @@ class Map(Router[MapOptions]):
             raise InvalidRequest(f"cannot map over rows: {error}") from None
         return [{name: array[row : row + 1] for name, array in value.items()} for row in range(rows)], True
 
-    async def _run_all(self, items: Sequence[Any], context: Context, branch: Handler) -> list[Any]:
-        """Return each item's result, or error; once more have failed than are borne the others are cancelled."""
-        results: list[Any] = [None] * len(items)
+    async def _run_all(self, items: Sequence[Any], context: Context, branch: Handler, results: list[Any]) -> None:
+        """Note each item's result, or error; once more have failed than are borne the others are cancelled."""
         todo = iter(range(len(items)))
         limit, failed = self._borne(len(items)), 0
 
@@ -119,20 +121,26 @@ class Map(Router[MapOptions]):
         except BaseException:
             await cancel_all(workers)
             raise
-        return results
+        finally:
+            del workers
 
     def _borne(self, items: int) -> int:
         tolerate = self.options.tolerate
         return int(tolerate * items) if tolerate < 1 else int(tolerate)
 
-    def _bear(self, failures: Sequence[BaseException], items: int) -> None:
+    def _bear(self, results: Sequence[Any], failed: int) -> None:
         """Raise the first failure when there are more than are borne, or nothing is left."""
+        items = len(results)
         borne = self._borne(items)
-        if len(failures) > borne or len(failures) == items:
-            first = failures[0]
-            if isinstance(first, ServingGraphError) and borne:
-                first.message = f"{len(failures)} items failed, {borne} of {items} are borne; the first: {first.message}"
+        if failed <= borne and failed < items:
+            return
+        first = next(result for result in results if isinstance(result, BaseException))
+        if isinstance(first, ServingGraphError) and borne:
+            first.message = f"{failed} items failed, {borne} of {items} are borne; the first: {first.message}"
+        try:
             raise first
+        finally:
+            del first
 
     def _stays(self, result: Any) -> bool:
         return self.options.on_failure == "null" or not isinstance(result, BaseException)

@@ -47,7 +47,10 @@ class Gathering:
             ServingGraphError: a member failed that may not.
         """
         if self._all_must_answer:
-            return dict(zip(self._names, await run_all(calls), strict=True))
+            try:
+                return dict(zip(self._names, await run_all(calls), strict=True))
+            finally:
+                del calls  # one of them has the error, which holds this frame by its traceback
         futures = started(calls)
         try:
             pending: set[asyncio.Future[Any]] = {future for future in futures if not future.done()}

@@ -41,6 +41,9 @@ class _Turns:
                 waits_for = inner.send(None) if error is None else inner.throw(error)
             except StopIteration as end:
                 return end.value
+            except BaseException:
+                inner = error = None  # the error is in them, and holds this frame by its traceback
+                raise
             finally:
                 took = perf_counter_ns() - began
                 if took > _HOLD_NS and (took := _own_ns(took, used)) > _HOLD_NS:
