@@ -35,15 +35,21 @@ def serve(*plans, announce=None, **options):
         return runner.run(main())
 
 
+async def got(server, path, host="127.0.0.1"):
+    """Return all that the server answers to a GET."""
+    reader, writer = await asyncio.open_connection(host, server.front_ends["http"].port)
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+    answer = await reader.read()
+    writer.close()
+    return answer
+
+
 def test_a_server_announces_itself_once_it_answers_and_stops_when_told():
     seen = []
 
     def announce(server):
         async def ask():
-            reader, writer = await asyncio.open_connection("127.0.0.1", server.front_ends["http"].port)
-            writer.write(b"GET /v2 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-            seen.append(await reader.read())
-            writer.close()
+            seen.append(await got(server, "/v2"))
             server.stop()
 
         seen.append(asyncio.ensure_future(ask()))
@@ -70,10 +76,7 @@ def test_on_an_address_that_others_reach_admin_says_what_it_takes(options, statu
 
     def announce(server):
         async def ask():
-            reader, writer = await asyncio.open_connection("127.0.0.2", server.front_ends["http"].port)
-            writer.write(b"GET /admin/graphs HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-            seen.append(await reader.read())
-            writer.close()
+            seen.append(await got(server, "/admin/graphs", "127.0.0.2"))
             server.stop()
 
         seen.append(asyncio.ensure_future(ask()))

@@ -7,7 +7,7 @@ import json
 import threading
 import time
 import urllib.error
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -142,11 +142,15 @@ def test_sigterm_under_load_loses_nothing(start):
     while min(counts) < 6 and not failures:
         assert time.monotonic() < end, counts
         time.sleep(0.01)
-    running.process.terminate()
-    with suppress(urllib.error.HTTPError):
-        while time.monotonic() < end:  # a load balancer sees that it is not ready, and takes a while to send nothing more
+
+    def look_until_refused():
+        while time.monotonic() < end:
             running.get("/v2/health/ready")
-    time.sleep(0.5)
+
+    running.process.terminate()
+    with pytest.raises(urllib.error.HTTPError):
+        look_until_refused()
+    time.sleep(0.5)  # a load balancer that has seen it takes a while to send nothing more
     stop.set()
     for thread in threads:
         thread.join()
