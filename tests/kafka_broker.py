@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -50,11 +51,22 @@ def fetch_jars() -> None:
 
 
 def free_ports(count: int) -> list[int]:
+    """Return ports that are free, and none of those that the system gives to connections while a broker is down."""
+    chance = random.SystemRandom()
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        found: list[int] = []
+        while len(found) < count:
+            port = chance.randrange(12_000, 32_000)
+            with contextlib.suppress(OSError):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                found.append(port)
+        return found
+
+
+def stop_in_its_tracks(process: subprocess.Popen[bytes]) -> None:
+    """Suspend a process, and return when it stands still: that takes its threads some ms, in which they answer yet."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
 
 
 class Cluster:
@@ -240,7 +252,13 @@ class Broker:
     def pause(self) -> None:
         """Stop answering, connections open, as a machine that hangs."""
         assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)
+        stop_in_its_tracks(self._process)
+
+    def thread_states(self) -> set[str]:
+        """What the threads are doing, as proc(5) names it: T is stopped."""
+        assert self._process is not None
+        stats = Path(f"/proc/{self._process.pid}/task").glob("*/stat")
+        return {stat.read_text().rpartition(")")[2].split()[0] for stat in stats}
 
     def resume(self) -> None:
         assert self._process is not None

@@ -61,6 +61,14 @@ async def test_a_paused_broker_answers_once_it_goes_on(kafka, anyio_backend):
         assert 1 == (await sent).offset
 
 
+def test_a_broker_stands_still_from_when_it_is_paused(kafka):
+    for _ in range(20):
+        kafka.pause()
+        states = kafka.brokers[0].thread_states()
+        kafka.resume()
+        assert {"T"} == states
+
+
 @pytest.mark.slow
 async def test_a_topic_outlives_its_leader(kafka_cluster, anyio_backend):
     topic = await kafka_cluster.topic("led", partitions=3)

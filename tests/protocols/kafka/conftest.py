@@ -129,7 +129,7 @@ class Process:
         self._process.send_signal(number)
 
     def pause(self) -> None:
-        self.signal(signal.SIGSTOP)
+        broker_module().stop_in_its_tracks(self._process)
 
     def resume(self) -> None:
         self.signal(signal.SIGCONT)
