@@ -98,7 +98,7 @@ def test_a_port_in_use_is_said_in_one_sentence():
             serve(a_plan(), http_port=port)
 
 
-def test_a_port_that_another_takes_while_graphs_load_is_said_too():
+def test_a_port_that_another_takes_while_graphs_load_is_said_too(free_port):
     taken = socket.socket()
 
     class Slow:
@@ -110,9 +110,7 @@ def test_a_port_that_another_takes_while_graphs_load_is_said_too():
         def __call__(self, value):
             return value
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with (
         taken,
         pytest.raises(CannotServe, match=f"port {port} .http.: Address already in use; choose another with --http-port"),
@@ -121,10 +119,8 @@ def test_a_port_that_another_takes_while_graphs_load_is_said_too():
 
 
 @pytest.mark.parametrize("door", ["http_port", "grpc_port"])
-def test_metrics_on_the_port_of_another_front_end_are_refused(door):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def test_metrics_on_the_port_of_another_front_end_are_refused(door, free_port):
+    port = free_port()
     with pytest.raises(CannotServe, match=f"port {port} .metrics.: Address already in use; choose another with --metrics-port"):
         serve(a_plan(), metrics_port=port, **{door: port})
 

@@ -81,10 +81,8 @@ def test_a_signal_ends_it_with_0(folder, name):
         assert 0 == served.process.wait(20)
 
 
-def test_a_banner_that_cannot_be_printed_keeps_nobody_from_serving(folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def test_a_banner_that_cannot_be_printed_keeps_nobody_from_serving(folder, free_port):
+    port = free_port()
     command = [*COMMAND, "serve", "graph.yaml", "--http-port", str(port), "--grpc-port", "off"]
     with Path("/dev/full").open("w") as full:
         process = subprocess.Popen(command, stdout=full, stderr=subprocess.PIPE, text=True)
