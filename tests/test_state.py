@@ -41,7 +41,7 @@ def test_several_processes_share_a_file_without_losing_each_others_keys(tmp_path
     )
     path = tmp_path / "state.json"
     running = [subprocess.Popen([sys.executable, "-c", program, str(path), name]) for name in "ab"]
-    assert [0, 0] == [process.wait(60) for process in running]
+    assert [0, 0] == [process.wait(150) for process in running]
     assert all({"n": n} == FileStore(path).load(f"{name}{n}") for name in "ab" for n in range(40))
     assert [] == [p.name for p in tmp_path.iterdir() if p.name not in ("state.json", ".state.json.lock")]
 

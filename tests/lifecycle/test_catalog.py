@@ -65,7 +65,7 @@ def test_waiting_for_idleness_ends_when_the_last_slot_comes_back():
             await asyncio.sleep(0)
             assert not waiting.done()
             admission.leave()
-        await asyncio.wait_for(waiting, 5)
+        await asyncio.wait_for(waiting, 60)
 
     run(check)
 

@@ -17,6 +17,15 @@ async def work(value):
     await go.wait()
     return {'y': value['x'] * 0 + NUMBER}
 """
+GATED = """\
+import pathlib, threading
+here = pathlib.Path(__file__).parent
+(here / "begun").touch()
+while not (here / "go").exists():
+    threading.Event().wait(0.001)
+def work(value):
+    return value
+"""
 BROKEN_LOAD = "class work:\n    def load(self):\n        raise OSError('no weights')\n    def __call__(self, value):\n        return value\n"
 
 
@@ -278,15 +287,19 @@ def test_a_load_goes_on_when_its_caller_leaves(folder, opened):
 
 
 def test_a_stop_ends_a_load_that_is_under_way(folder, opened):
-    folder.write("a", "import time\ntime.sleep(0.5)\ndef work(value): return value\n")
+    place = folder.write("a", GATED)
 
     async def check():
-        async with opened() as running:
-            loading = asyncio.ensure_future(running.repository.load("a"))
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
-        with pytest.raises(asyncio.CancelledError):
-            await loading
+        try:
+            async with asyncio.timeout(120):
+                async with opened() as running:
+                    loading = asyncio.ensure_future(running.repository.load("a"))
+                    while not (place / "begun").exists():
+                        await asyncio.sleep(0.001)
+                with pytest.raises(asyncio.CancelledError):
+                    await loading
+        finally:
+            (place / "go").touch()  # the thread goes on, and the end of the event loop waits for it
 
     go(check)
 
@@ -399,7 +412,7 @@ def test_polling_looks_by_itself(folder, opened):
     async def check():
         async with opened("poll", poll_s=0.01) as running:
             folder.write("a", 2)
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 while (await running.ask("a"))[1] != 2.0:
                     await asyncio.sleep(0.005)
 
@@ -581,7 +594,7 @@ def test_a_version_that_is_loaded_anew_begins_without_sequences(folder, opened):
             with pytest.raises(InvalidRequest, match="must specify the START flag"):
                 await running.ask("a", context=in_sequence(7))
             assert ("1", 1.0) == await running.ask("a", context=in_sequence(7, start=True))
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 while len(old):  # what was kept goes with the old one, once it is drained
                     await asyncio.sleep(0.001)
 

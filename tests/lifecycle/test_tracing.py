@@ -141,7 +141,8 @@ def test_without_a_file_traces_go_to_the_log(run, caplog):
 
     with caplog.at_level(logging.INFO, "servinggraph.trace"):
         run(check())
-    assert ["r-1"] == traced(json.loads(caplog.messages[0]))
+    (told,) = [record.message for record in caplog.records if record.name == "servinggraph.trace"]
+    assert ["r-1"] == traced(json.loads(told))
 
 
 def test_what_ends_faster_than_it_can_be_written_is_dropped_and_counted(run, caplog, monkeypatch, tmp_path):

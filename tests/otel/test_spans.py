@@ -73,7 +73,7 @@ def test_every_node_has_a_span_inside_the_request_and_a_branch_inside_its_router
 
 def test_requests_of_one_batch_are_linked_to_it_and_it_to_them(spans):
     graph = Graph("g", {"x": ("FP32", [-1])})
-    graph.to(later, name="n", batch={"max_rows": 3, "max_delay_ms": 1000, "wait_when_idle": True}).respond()
+    graph.to(later, name="n", batch={"max_rows": 3, "max_delay_ms": 60_000, "wait_when_idle": True}).respond()
 
     async def check():
         async with traced(graph) as server:

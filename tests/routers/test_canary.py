@@ -614,12 +614,11 @@ def test_what_one_worker_decides_others_follow_through_redis(run, manual_clock, 
     async def exchanged():
         for _ in range(3):
             await manual_clock.advance(1)
-            for _ in range(200):
+            while running := [t for t in asyncio.all_tasks() if t.get_coro().__qualname__ in in_threads]:
+                await asyncio.wait(running)
                 await manual_clock.settle()
-                running = {task.get_coro().__qualname__ for task in asyncio.all_tasks()}
-                if not running & {"Sharing._round", "RouterSeat._save"}:
-                    break
-                await asyncio.to_thread(lambda: None)
+
+    in_threads = ("Sharing._round", "RouterSeat._save")
 
     async def check():
         async with a_graph(broken, state=redis_url).mock() as one, a_graph(broken, state=redis_url).mock() as other:

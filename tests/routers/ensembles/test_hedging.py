@@ -86,7 +86,7 @@ def test_a_late_member_in_a_thread_keeps_the_slot_until_it_has_ended() -> None:
         await asyncio.sleep(0)
         assert not released.is_set()
         end.set()
-        await asyncio.wait_for(released.wait(), 10)
+        await asyncio.wait_for(released.wait(), 60)
         await executor.stop()
 
     asyncio.run(check())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import mmap
+import time
 
 import numpy as np
 import pytest
@@ -105,6 +106,17 @@ def test_whatever_happens_copies_end_once_within_their_limits(script, concurrenc
     clock.run(check())
 
 
+async def reported(clock, server, is_there):
+    """Return what is said of challenger `b` once it is there; a comparison in a thread may take a while."""
+    end = time.monotonic() + 60
+    await clock.settle()
+    while not is_there(found := server.router("test").report()["challengers"]["b"]):
+        assert time.monotonic() < end, found
+        await asyncio.to_thread(lambda: None)
+        await clock.settle()
+    return found
+
+
 def test_tensors_in_a_clients_shared_memory_are_copied_and_others_are_not():
     with mmap.mmap(-1, 4096) as memory:
         lent = np.frombuffer(memoryview(memory)[:16].toreadonly(), np.float32).reshape(2, 2)
@@ -130,12 +142,7 @@ def test_a_comparison_that_fails_is_counted_and_harms_nobody(run, manual_clock, 
         graph.to(routers.Champion({"a": same, "b": same}, "a", compare={"call": fails}), "test").respond()
         async with graph.mock() as server:
             await server.infer(x=X)
-            for _ in range(1000):
-                await manual_clock.settle()
-                found = server.router("test").report()["challengers"]["b"]
-                if found["not_compared"]:
-                    break
-                await asyncio.to_thread(lambda: None)
+            found = await reported(manual_clock, server, lambda found: found["not_compared"])
             assert (1, 1, 0) == (found["answered"], found["not_compared"], found["agreement"]["of"])
             assert 0 == found["errors"]["failed"]
             said = {
@@ -161,12 +168,7 @@ def test_large_answers_are_compared_off_the_event_loop(run, manual_clock):
         graph.to(routers.Champion({"a": same, "b": differs}, "a", shadow={"max_loop_share": 1.0}), "test").respond()
         async with graph.mock() as server:
             await server.infer(x=rows)
-            for _ in range(1000):
-                await manual_clock.settle()
-                found = server.router("test").report()["challengers"]["b"]
-                if found["agreement"]["of"]:
-                    break
-                await asyncio.to_thread(lambda: None)
+            found = await reported(manual_clock, server, lambda found: found["agreement"]["of"])
             assert (0, 1.0) == (found["agreement"]["agreed"], found["differences"]["y"]["max"])
 
     run(check())
