@@ -26,7 +26,7 @@ def serve(*plans, announce=None, **options):
     options.setdefault("grpc_port", "off")
 
     async def main():
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             server = Server(list(plans), ServerOptions(**options), announce or Server.stop)
             await server.run()
             return server

@@ -114,7 +114,7 @@ class Running:
     def close(self) -> None:
         with suppress(ProcessLookupError):
             self.process.kill()
-        self.process.wait(10)
+        self.process.wait(60)
         self.process.stdout.close()
         buildah("umount", self.container)
         buildah("rm", self.container)

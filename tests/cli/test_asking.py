@@ -203,19 +203,22 @@ def test_numbers_beyond_a_datatype_do_not_become_infinite(tmp_path: Path, dataty
 @pytest.mark.parametrize("more", [[], ["--rate", "100"]])
 def test_a_load_is_counted_and_drawn(urls: dict[str, str], scheme: str, more: list[str], tmp_path: Path) -> None:
     drawn = tmp_path / "latency.png"
-    done = run("bench", urls[scheme], "double", "-c", 4, "-d", 0.5, "--warmup", 0.1, "--json", "--plot", drawn, *more)
+    for seconds in (0.5, 2, 10):  # a machine that stands still has little time for many requests
+        done = run("bench", urls[scheme], "double", "-c", 4, "-d", seconds, "--warmup", 0.1, "--json", "--plot", drawn, *more)
+        document = json.loads(done.output)
+        assert {} == document["errors"]
+        if document["requests"] > 5:
+            break
     assert 0 == done.exit_code, done.output
-    document = json.loads(done.output)
-    assert {} == document["errors"]
     assert 0 < document["latency_ms"]["p50"] <= document["latency_ms"]["p99"] <= document["latency_ms"]["max"]
     assert document["requests"] > 5
     if more:
-        assert document["requests"] <= 51
+        assert document["requests"] <= 100 * seconds + 1
     assert drawn.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_load_of_bodies(urls: dict[str, str]) -> None:
-    done = run("bench", urls["http"], "body", "--body", "[1, 2]", "-c", 2, "-d", 0.2, "--warmup", 0, "--json")
+    done = run("bench", urls["http"], "body", "--body", "[1, 2]", "-c", 2, "-d", 2, "--warmup", 0, "--json")
     assert (0, {}) == (done.exit_code, json.loads(done.output)["errors"])
     done = run("bench", urls["http"], "nobody", "--body", "[1, 2]", "-d", 0.2)
     assert (1, True) == (done.exit_code, "[404]" in done.output)
@@ -228,9 +231,9 @@ def test_a_load_that_fails_says_with_what(urls: dict[str, str]) -> None:
 
 
 def test_top_shows_each_node_and_the_rates_between_two_looks(urls: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "servinggraph", "bench", urls["http"], "double", "-d", "50", "--warmup", "0", "-c", "2"]
+    command = [sys.executable, "-m", "servinggraph", "bench", urls["http"], "double", "-d", "150", "--warmup", "0", "-c", "2"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as load:
-        end = time.monotonic() + 40
+        end = time.monotonic() + 120
         while time.monotonic() < end:
             done = run("top", urls["http"], "--once", "-n", 0.3, "--graph", "double")
             assert 0 == done.exit_code, done.output

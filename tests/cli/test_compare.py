@@ -56,14 +56,14 @@ def address(tmp_path_factory):
             inputs = [{"name": "x", "datatype": "FP32", "shape": [2], "data": [1.0, number / 10]}]
             body = json.dumps({"id": f"r{number}", "inputs": inputs}).encode()
             urlopen(Request(f"{url}/v2/models/test/infer", body, {"content-type": "application/json"}), timeout=30).close()
-        end = time.monotonic() + 40
+        end = time.monotonic() + 120
         while not all(copies_ended(url)):
             assert time.monotonic() < end
             time.sleep(0.05)
         yield url
     finally:
         process.terminate()
-        process.communicate(timeout=20)
+        process.communicate(timeout=60)
 
 
 def copies_ended(url):

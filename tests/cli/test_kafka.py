@@ -131,9 +131,9 @@ answer: same
         try:
             printed = list(itertools.takewhile(lambda line: "kafka read" not in line, iter(server.stdout.readline, "")))
             send = next(shlex.split(line) for line in printed if "kafka send" in line)
-            subprocess.run([*command, *send[1:]], check=True, cwd=tmp_path, timeout=30, stderr=subprocess.DEVNULL)
+            subprocess.run([*command, *send[1:]], check=True, cwd=tmp_path, timeout=120, stderr=subprocess.DEVNULL)
             read = [*command, "kafka", "read", "out", "--from-start", "--count", "1", *send[-2:]]
-            (answer,) = subprocess.run(read, check=True, capture_output=True, timeout=30, text=True).stdout.splitlines()
+            (answer,) = subprocess.run(read, check=True, capture_output=True, timeout=120, text=True).stdout.splitlines()
         finally:
             server.send_signal(signal.SIGTERM)
     assert any("for development only" in line for line in printed)

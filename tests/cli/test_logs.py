@@ -80,7 +80,7 @@ def test_requests_side_by_side_are_not_mixed_up_and_one_without_an_id_has_a_numb
 
 def test_a_line_of_a_batch_names_its_requests(lines):
     graph = Graph("g", {"x": ("FP32", [-1])})
-    graph.to(speaking, name="n", batch={"max_rows": 16, "max_delay_ms": 1000, "wait_when_idle": True}).respond()
+    graph.to(speaking, name="n", batch={"max_rows": 16, "max_delay_ms": 60_000, "wait_when_idle": True}).respond()
 
     async def check():
         async with graph.mock() as server:

@@ -138,7 +138,7 @@ def test_what_another_server_says_of_its_model_may_be_beyond_us(foreign):
 def test_a_grpc_server_that_says_nothing_is_not_waited_for_longer_than_asked():
     class Silent(grpc.GenericRpcHandler):
         def service(self, details):
-            return grpc.unary_unary_rpc_method_handler(lambda request, context: silence.wait(60))
+            return grpc.unary_unary_rpc_method_handler(lambda request, context: silence.wait(600))
 
     silence = threading.Event()
     server = grpc.server(futures.ThreadPoolExecutor(1))
@@ -149,7 +149,7 @@ def test_a_grpc_server_that_says_nothing_is_not_waited_for_longer_than_asked():
         began = time.monotonic()
         done = run("infer", f"grpc://127.0.0.1:{port}", "m", "-i", "[1]", "--timeout-s", "0.5", "--header", "X-User=ann")
         assert (1, True) == (done.exit_code, "DEADLINE_EXCEEDED" in done.output), done.output
-        assert time.monotonic() - began < 30  # and not the minute that the server would take
+        assert time.monotonic() - began < 120  # and not the ten minutes that the server would take
     finally:
         silence.set()
         server.stop(None).wait()

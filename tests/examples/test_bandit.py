@@ -17,7 +17,7 @@ DIGITS = ROOT / "examples" / "digits"
 
 def test_the_simulation_converges_to_the_best_variant():
     command = [sys.executable, str(EXAMPLE / "simulate.py")]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=150).stdout
     shares = [list(map(int, re.findall(r"(\d+)%", line))) for line in printed.splitlines() if re.match(r" *\d+-\d+ ", line)]
     assert 8 == len(shares)
     assert all(97 <= sum(row) <= 103 for row in shares)

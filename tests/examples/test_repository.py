@@ -33,7 +33,7 @@ def serving(folder, *options):
         try:
             banner = ""
             while "stop with Ctrl-C" not in banner:
-                assert select.select([process.stdout], [], [], 30)[0], banner
+                assert select.select([process.stdout], [], [], 60)[0], banner
                 printed = os.read(process.stdout.fileno(), 1 << 16).decode()
                 assert printed, banner
                 banner += printed
@@ -89,7 +89,7 @@ def test_the_commands_of_the_readme_do_what_it_says(folder):
         curl(unload, url)
         assert "has no available versions" in curl(latest, url)["error"]
         process.send_signal(signal.SIGTERM)
-        assert 0 == process.wait(20)
+        assert 0 == process.wait(60)
 
 
 def test_polling_serves_what_is_written_into_the_folder(folder):
@@ -97,7 +97,7 @@ def test_polling_serves_what_is_written_into_the_folder(folder):
     with serving(folder, "--model-control", "poll", "--repository-poll-s", "0.05") as (_, url, banner):
         assert "model control poll, 3 versions loaded" in banner
         shutil.copytree(folder / "outliers" / "1", folder / "outliers" / "3")
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while outliers(curl(latest, url)) != ("3", []):
             assert time.monotonic() < end
         assert {"ready": True} == curl("curl -s $V2/health/ready", url)

@@ -78,7 +78,7 @@ def test_the_graph_passes_the_check():
 
 
 def test_the_program_says_which_embedder_it_has():
-    done = subprocess.run([sys.executable, str(EXAMPLE / "graph.py")], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, str(EXAMPLE / "graph.py")], capture_output=True, text=True, timeout=150, check=True)
 
     made = (EXAMPLE / "model" / "minilm.onnx").is_file()
     assert f"embedder: {'all-MiniLM-L6-v2' if made else 'hashed words and letters'}" in done.stdout
@@ -92,7 +92,7 @@ def test_the_real_model_or_what_to_install_for_it(tmp_path, monkeypatch):
     for name in ("convert.py", "minilm.yaml", "text_steps.py"):
         (example / name).write_text((EXAMPLE / name).read_text())
     done = subprocess.run(
-        [sys.executable, str(example / "convert.py")], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, str(example / "convert.py")], capture_output=True, text=True, timeout=150, check=False
     )
     if not INSTALLED:
         assert 0 != done.returncode

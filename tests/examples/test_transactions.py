@@ -50,7 +50,7 @@ def risks(rows):
 
 async def all_of(address, topic, count):
     async with AIOKafkaConsumer(topic, bootstrap_servers=address, auto_offset_reset="earliest") as consumer:
-        return [await asyncio.wait_for(consumer.getone(), 30) for _ in range(count)]
+        return [await asyncio.wait_for(consumer.getone(), 60) for _ in range(count)]
 
 
 @pytest.mark.slow
@@ -60,7 +60,7 @@ def test_a_stream_of_transactions_is_decided_as_the_models_alone_would(kafka, do
 
     def example(*command):
         return subprocess.run(
-            [sys.executable, *command], cwd=EXAMPLE, env=environment, capture_output=True, text=True, timeout=50, check=True
+            [sys.executable, *command], cwd=EXAMPLE, env=environment, capture_output=True, text=True, timeout=150, check=True
         ).stdout
 
     serve = [sys.executable, "-m", "servinggraph", "serve", EXAMPLE / "graph.yaml", "--http-port", "off", "--grpc-port", "off"]
@@ -148,7 +148,7 @@ def test_the_stream_is_the_same_for_the_same_seed(modules):
 
 @pytest.mark.slow
 def test_training_gives_the_models_that_are_there(tmp_path):
-    subprocess.run([sys.executable, EXAMPLE / "train.py", tmp_path], check=True, capture_output=True, timeout=55)
+    subprocess.run([sys.executable, EXAMPLE / "train.py", tmp_path], check=True, capture_output=True, timeout=150)
     rows = np.random.default_rng(0).normal(size=(50, 13)).astype("f4")
     for name in ("trees", "mlp"):
         both = [

@@ -60,8 +60,9 @@ def test_a_traced_request_is_in_the_file(connected, tmp_path, until):
     tensor = module.InferInput("x", [1], "FP32")
     tensor.set_data_from_numpy(np.zeros(1, np.float32))
     client.infer("g", [tensor], request_id="r-7")
-    until((tmp_path / "t.json").exists)
-    (about,) = [entry for entry in json.loads((tmp_path / "t.json").read_text()) if entry.get("request_id")]
+    file = tmp_path / "t.json"
+    until(lambda: file.exists() and file.read_text().endswith("]"))  # it is there before what is in it
+    (about,) = [entry for entry in json.loads(file.read_text()) if entry.get("request_id")]
     assert ("g", 1, "r-7") == (about["model_name"], about["model_version"], about["request_id"])
 
 

@@ -32,7 +32,7 @@ def test_python_runs(code, tmp_path, monkeypatch):
     program.write_text(code)
     monkeypatch.setenv("PYTHONPATH", str(DIGITS))
     done = subprocess.run(
-        [sys.executable, "-W", "error", "block.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-W", "error", "block.py"], cwd=tmp_path, capture_output=True, text=True, timeout=150, check=False
     )
     assert 0 == done.returncode, done.stderr
 

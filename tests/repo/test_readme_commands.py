@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 DIGITS = ROOT / "examples" / "digits"
 COMMAND = [sys.executable, "-m", "servinggraph"]
-PATIENCE_S = 50
+PATIENCE_S = 120
 
 LINES = [
     line.partition("  #")[0].strip()
@@ -102,7 +102,7 @@ def shortened(words: list[str]) -> list[str]:
         return [*words, "--once", "-n", "0.2"]
     if words[0] == "bench":
         kept = [word for at, word in enumerate(words) if "-d" not in (word, words[at - 1])]
-        return [*kept, "-d", "0.3", "--warmup", "0"]
+        return [*kept, "-d", "2", "--warmup", "0"]
     return words
 
 

@@ -118,7 +118,8 @@ async def test_requests_of_a_sequence_wait_for_each_other(front_end):
         first = asyncio.ensure_future(send(client, 7, 1, start=True))
         await until(lambda: held.began)
         with pytest.raises(DeadlineExceeded):
-            await send(client, 7, 2, timeout_s=0.05)
+            await send(client, 7, 2, timeout_s=1)  # enough to get there: a call that ends before is given up by its caller
+        await until(lambda: client.in_flight == 1)
         last = asyncio.ensure_future(send(client, 7, 3))
         await until(lambda: client.in_flight == 2)
         held.go.set()

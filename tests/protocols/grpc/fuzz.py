@@ -33,7 +33,7 @@ from servinggraph.protocols.grpc.service import Service
 
 HERE = Path(__file__).parent
 LIMIT = 200_000
-INPUT_TIMEOUT_S = 10.0
+INPUT_TIMEOUT_S = 60.0
 GROWTH_MIB = 64
 TOGETHER = 8
 REFUSED = {

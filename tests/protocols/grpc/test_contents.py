@@ -211,8 +211,8 @@ async def test_ten_million_elements_of_text_take_time_in_proportion(live):
         took = []
         for count in (100_000, 2_000_000):
             message = typed("BYTES", (count,), bytes_contents=[b"x"] * count)
-            began = time.perf_counter()
+            began = time.process_time()  # which stands still while others have the processor
             assert [count] == server.numbers(await server.infer(message), "<i8")
-            took.append(time.perf_counter() - began)
+            took.append(time.process_time() - began)
 
     assert took[1] < 20 * 10 * took[0]  # quadratic would be 400 times

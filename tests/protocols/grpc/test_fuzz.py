@@ -34,7 +34,7 @@ def test_a_server_outlives_mutated_messages(grpc_server, until):
             except grpc.RpcError as error:
                 statuses.add(error.code())
         stream = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
-        assert 500 == len(list(stream(iter([mutator.next() for _ in range(500)]), timeout=60)))
+        assert 500 == len(list(stream(iter([mutator.next() for _ in range(500)]), timeout=120)))
     until(lambda: server.in_flight == 0)
 
     assert grpc.StatusCode.INVALID_ARGUMENT in statuses

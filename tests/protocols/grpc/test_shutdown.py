@@ -82,13 +82,13 @@ def test_sigterm_tells_those_who_watch_at_once_finishes_what_is_in_flight_and_ex
     answers = server.ask()
     until((server.folder / "started").exists)
     with grpc.insecure_channel(server.address) as channel:
-        states = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=20)
+        states = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=120)
         assert health_pb2.HealthCheckResponse.SERVING == next(states).status
         server.popen.send_signal(signal.SIGTERM)
         assert health_pb2.HealthCheckResponse.NOT_SERVING == next(states).status
         assert [] == answers
         (server.folder / "go").touch()
-        assert 0 == server.popen.wait(20)
+        assert 0 == server.popen.wait(60)
     until(lambda: answers)
     assert [1.0] == answers[0].as_numpy("y").tolist()
 
@@ -100,6 +100,6 @@ def test_what_does_not_end_within_the_grace_is_told_so(process, until):
     until((server.folder / "started").exists)
     server.popen.send_signal(signal.SIGTERM)
 
-    assert 0 == server.popen.wait(20)
+    assert 0 == server.popen.wait(60)
     until(lambda: answers)
     assert "[StatusCode.UNAVAILABLE] the server is shutting down" in str(answers[0])

@@ -14,7 +14,7 @@ from servinggraph.interfaces import FrontEndOptions
 from servinggraph.lifecycle import Serving
 from servinggraph.protocols.grpc.server import GrpcFrontEnd
 
-PATIENCE_S = 10
+PATIENCE_S = 60
 
 
 class Many:

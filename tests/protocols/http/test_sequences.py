@@ -83,7 +83,7 @@ def test_sequences_are_named_in_the_metadata(server):
 
 GRAPH = """\
 graph: total
-sequences: {idle_ms: 20000}
+sequences: {idle_ms: 60000}
 inputs: {x: {datatype: FP32, shape: [1]}}
 nodes:
   total: {step: python, call: "steps:total"}
@@ -131,7 +131,7 @@ def test_on_sigterm_a_sequence_under_way_may_end_and_none_begins(tmp_path, until
                 with pytest.raises(InferenceServerException, match="shutting down: sequence 8 cannot start any more"):
                     send(8, sequence_start=True)
                 assert [[2], [3]] == [send(7), send(7, sequence_end=True)]
-            assert 0 == process.wait(30)
+            assert 0 == process.wait(60)
         finally:
             process.kill()
 

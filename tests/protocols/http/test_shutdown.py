@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 GRAPH = """\
 graph: slow
 inputs:
@@ -128,7 +128,7 @@ def connect(port: int) -> socket.socket:
 
 @pytest.mark.slow
 def test_sigterm_lets_requests_in_flight_finish_while_not_ready_and_exits_with_0(process):
-    server = process("--http-port", "0", "--grpc-port", "off", "--shutdown-delay-s", "1")
+    server = process("--http-port", "0", "--grpc-port", "off", "--shutdown-delay-s", "5")
     port = server.port()
     with connect(port) as kept, connect(port) as busy:
         assert (200, b'{"ready":true}') == talk(kept, READY)
@@ -163,14 +163,12 @@ def test_requests_that_outlast_the_grace_are_told_so(process):
 
 @pytest.mark.slow
 def test_idle_connections_do_not_delay_the_end(process):
-    server = process("--http-port", "0", "--grpc-port", "off", "--grace-s", "60")
+    server = process("--http-port", "0", "--grpc-port", "off", "--grace-s", "600")
     port = server.port()
     with connect(port) as used, connect(port) as fresh:
         assert 200 == talk(used, READY)[0]
-        begun = time.monotonic()
         server.popen.send_signal(signal.SIGINT)
-        assert 0 == server.exit_code(), server.text
-        assert time.monotonic() - begun < 15
+        assert 0 == server.exit_code(), server.text  # long before the grace time is over
         assert select.select([fresh], [], [], 1)[0]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from servinggraph import Graph
+from servinggraph.protocols.http import wire
 
 GRAPH = "/v2/models/echo/infer"
 BODY = json.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": [2], "data": [1, 2]}]}).encode()
@@ -205,6 +206,13 @@ def test_a_head_that_is_too_large_is_431(connection):
     assert connection.is_closed()
 
 
+@pytest.fixture
+def lingering(monkeypatch):
+    """Give whoever sends on although the answer is there all the time that the machine may take over it."""
+    monkeypatch.setattr(wire, "LINGER_S", 60.0)
+
+
+@pytest.mark.usefixtures("lingering")
 def test_an_endless_head_is_431_and_the_answer_is_not_lost(connection):
     connection.send(b"POST / HTTP/1.1\r\nX-Large: ")
     for _ in range(100):
@@ -221,6 +229,7 @@ def test_a_large_body_behind_a_small_head_is_no_large_head(connection):
     assert [numbers, numbers] == [data_of(connection.answer()), data_of(connection.answer())]
 
 
+@pytest.mark.usefixtures("lingering")
 @pytest.mark.parametrize("kind", ["length", "chunked", "chunks"])
 def test_a_body_that_is_too_large_is_413_and_the_answer_is_not_lost(server, kind):
     # http.client sends all of it before it reads: a connection closed at once would be an error there.
@@ -401,15 +410,16 @@ def test_curl_works_with_its_own_content_type_and_compression(server):
     url = f"http://127.0.0.1:{server.port}{GRAPH}"
     for options in ([], ["--compressed"], ["-H", "Transfer-Encoding: chunked"], ["-H", "Expect: 100-continue"], ["--http1.0"]):
         done = subprocess.run(
-            ["curl", "-sS", "--max-time", "10", *options, "-d", "@-", url],
+            ["curl", "-sS", "--max-time", "60", *options, "-d", "@-", url],
             input=BODY,
             capture_output=True,
             check=True,
-            timeout=20,
+            timeout=120,
         )
         assert [1, 2] == json.loads(done.stdout)["outputs"][0]["data"]
 
 
+@pytest.mark.usefixtures("lingering")
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_curl_sees_a_refused_upload(server, tmp_path):
     large = tmp_path / "large"
@@ -417,7 +427,7 @@ def test_curl_sees_a_refused_upload(server, tmp_path):
     url = f"http://127.0.0.1:{server.port}{GRAPH}"
     for options in (["-H", "Expect:"], [], ["-H", "Transfer-Encoding: chunked", "-H", "Expect:"]):
         done = subprocess.run(
-            ["curl", "-sS", "--max-time", "10", *options, "--data-binary", f"@{large}", "-w", "%{http_code}", url],
-            capture_output=True, check=False, timeout=20,
+            ["curl", "-sS", "--max-time", "60", *options, "--data-binary", f"@{large}", "-w", "%{http_code}", url],
+            capture_output=True, check=False, timeout=120,
         )  # fmt: skip
         assert done.stdout.endswith(b"413"), (options, done.stdout, done.stderr)
