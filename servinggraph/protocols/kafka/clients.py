@@ -13,7 +13,7 @@ import logging
 from typing import Any, Final, TypeVar
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
-from aiokafka.errors import ProducerClosed, TopicAuthorizationFailedError, UnknownTopicOrPartitionError
+from aiokafka.errors import ProducerClosed, UnknownTopicOrPartitionError
 
 from servinggraph.kafka import KafkaOptions, development
 
@@ -179,28 +179,30 @@ def client_of(client: AIOKafkaConsumer | AIOKafkaProducer) -> Any:
     return client._client if isinstance(client, AIOKafkaConsumer) else client.client  # noqa: SLF001
 
 
-def partitions_of(consumer: AIOKafkaConsumer, topic: str) -> set[int] | None:
+def partitions_of(client: AIOKafkaConsumer | AIOKafkaProducer, topic: str) -> set[int] | None:
     """Return the partitions of a topic; None where nothing is known of it yet."""
-    found: set[int] | None = client_of(consumer).cluster.partitions_for_topic(topic)
+    found: set[int] | None = client_of(client).cluster.partitions_for_topic(topic)
     return found
 
 
-async def has_topic(consumer: AIOKafkaConsumer, topic: str, timeout_s: float) -> bool:
-    """Tell whether the brokers have a topic; to ask for it makes it where they create topics by themselves.
+async def has_topic(consumer: AIOKafkaConsumer, topic: str, timeout_s: float) -> bool | None:
+    """Tell whether the brokers have a topic, None where they do not say; to ask makes it where they create topics themselves.
 
     Raises:
         TopicAuthorizationFailedError: nothing of it may be known.
     """
     client = client_of(consumer)
+    there: bool | None = None
     try:
         await asyncio.wait_for(client._wait_on_metadata(topic), timeout_s)  # noqa: SLF001  (no public way)
-    except (TimeoutError, UnknownTopicOrPartitionError):
-        client._topics.discard(topic)  # noqa: SLF001  (or it would be asked for again and again, for ever)
-        return False
-    except TopicAuthorizationFailedError:
-        client._topics.discard(topic)  # noqa: SLF001
-        raise
-    return True
+        there = True
+    except (TimeoutError, UnknownTopicOrPartitionError):  # it is not there, or nobody has said yet that it is
+        if await answers(consumer, timeout_s):
+            there = partitions_of(consumer, topic) is not None
+    finally:
+        if not there:
+            client._topics.discard(topic)  # noqa: SLF001  (or it would be asked for again and again, for ever)
+    return there
 
 
 async def answers(client: AIOKafkaConsumer | AIOKafkaProducer, timeout_s: float) -> bool:

@@ -25,7 +25,7 @@ from aiokafka.errors import (
 
 from servinggraph.kafka import KafkaOptions
 from servinggraph.protocols.kafka.budget import Budget
-from servinggraph.protocols.kafka.clients import Clients, answers, closed
+from servinggraph.protocols.kafka.clients import Clients, answers, closed, partitions_of
 from servinggraph.protocols.kafka.recent import Recent
 from servinggraph.protocols.kafka.records import Outgoing, Partition, Place, Work
 from servinggraph.protocols.kafka.report import Counts
@@ -55,11 +55,13 @@ class NotWritten(Exception):
         self.__cause__ = cause
 
 
-async def cause_of(error: BaseException, producer: AIOKafkaProducer) -> BaseException:
-    """Return why a record was not taken: for want of an answer aiokafka says that there is no such topic."""
-    if isinstance(error, UnknownTopicOrPartitionError) and not await answers(producer, _ANSWER_S):
-        silence: BaseException = RequestTimedOutError("the brokers do not answer")
-        return silence
+async def cause_of(error: BaseException, producer: AIOKafkaProducer, topic: str) -> BaseException:
+    """Return why a topic did not take a record: for want of an answer aiokafka says that there is no such topic."""
+    if isinstance(error, UnknownTopicOrPartitionError):
+        told = await answers(producer, _ANSWER_S)
+        if not told or partitions_of(producer, topic) is not None:
+            silence: BaseException = RequestTimedOutError("the brokers did not answer")
+            return silence
     return error
 
 
@@ -190,7 +192,7 @@ class AtLeastOnce(Delivery):
                 outgoing.topic, outgoing.value, outgoing.key, outgoing.partition, headers=outgoing.headers
             )
         except (KafkaError, AssertionError) as error:  # an assertion: no such partition
-            cause = await cause_of(error, self._producer)
+            cause = await cause_of(error, self._producer, outgoing.topic)
             raise NotWritten(work, outgoing, cause) from cause
         self._unwritten += 1
         written.add_done_callback(partial(self._acknowledged, work, outgoing))

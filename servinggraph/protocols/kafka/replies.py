@@ -10,7 +10,7 @@ from aiokafka.errors import TopicAuthorizationFailedError
 
 from servinggraph.errors import InvalidRequest, Unavailable
 from servinggraph.kafka import headers as names
-from servinggraph.protocols.kafka.clients import answers, has_topic, partitions_of
+from servinggraph.protocols.kafka.clients import has_topic, partitions_of
 from servinggraph.protocols.kafka.records import Work
 
 __all__ = ["ReplyTopics"]
@@ -55,13 +55,14 @@ class ReplyTopics:
         until, why = self._missing.get(topic, (0.0, ""))
         if now >= until:
             try:
-                if await has_topic(self._consumer, topic, _LOOK_UP_S):
+                there = await has_topic(self._consumer, topic, _LOOK_UP_S)
+                if there:
                     return
+                if there is None:
+                    raise Unavailable(f"the brokers do not say whether there is a topic '{topic}' for the reply")
                 why = "which is not there"
             except TopicAuthorizationFailedError:
                 why = "which this server may not use"
-            if not await answers(self._consumer, _LOOK_UP_S):
-                raise Unavailable(f"the brokers do not say whether there is a topic '{topic}' for the reply")
             if len(self._missing) >= _MOST:
                 self._missing.clear()
             self._missing[topic] = now + _MISSING_S, why

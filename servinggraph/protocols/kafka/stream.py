@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer
-from aiokafka.errors import IllegalStateError, KafkaConnectionError, KafkaError
+from aiokafka.errors import IllegalStateError, KafkaConnectionError, KafkaError, RequestTimedOutError
 
 from servinggraph.guards import backoff_s
 from servinggraph.kafka import KafkaOptions
@@ -140,12 +140,16 @@ class Stream:
 
         Raises:
             TopicMissing: one is not.
+            RequestTimedOutError: the brokers do not say.
         """
         options = self.options
         needed = [(topic, "to be read") for topic in options.input.topics]
         needed += [(options.output.topic or "", "for answers"), (options.errors.topic or "", "for dead letters")]
         for topic, use in needed:
-            if topic and not await has_topic(consumer, topic, _TOPIC_S):
+            there = not topic or await has_topic(consumer, topic, _TOPIC_S)
+            if there is None:
+                raise RequestTimedOutError(f"no word whether there is a topic '{topic}' ({use})")
+            if not there:
                 raise TopicMissing(f"there is no topic '{topic}' ({use}) at {self.clients.brokers}")
 
     async def _watch(self, session: Session) -> None:

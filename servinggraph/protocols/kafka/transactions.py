@@ -210,7 +210,7 @@ class _Writer:
         except ProducerFenced:
             raise
         except (KafkaError, AssertionError) as error:  # an assertion: no such partition
-            cause = await cause_of(error, self._producer)
+            cause = await cause_of(error, self._producer, outgoing.topic)
             raise NotWritten(work, outgoing, cause) from cause
         future.add_done_callback(_seen)
         return future
