@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordTooLargeError
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError, ProducerClosed, RecordTooLargeError
 from pydantic import Field, field_validator
 
 from servinggraph.context import Context
@@ -83,7 +83,7 @@ class TopicWriter:
         self._conceal = conceal
         self._key = None if options.key == "none" else key_reader(options.key)
         self._producer: Any = None
-        self._connecting = asyncio.Lock()
+        self._connecting: asyncio.Task[None] | None = None
         self._ending: set[asyncio.Task[None]] = set()
 
     def key(self, value: Any, context: Context) -> bytes | None:
@@ -161,34 +161,53 @@ class TopicWriter:
         return Unavailable(f"not written to topic '{topic}' at {self._conceal(self._options.brokers)}: {text}")
 
     async def _connected(self) -> Any:
-        async with self._connecting:
-            if self._producer is None:
-                if self._ending:  # what was handed over before is written before
-                    await asyncio.wait(self._ending)
-                options = self._options
-                compression = None if options.compression == "none" else options.compression
-                made = AIOKafkaProducer(
-                    **options.client_settings(),
-                    **{
-                        "acks": "all",
-                        "enable_idempotence": True,
-                        "linger_ms": options.linger_ms,
-                        "max_request_size": options.max_message_bytes,
-                        "compression_type": compression,
-                        **options.settings,
-                    },
-                )
-                producer = lasting(made)
-                try:
-                    await producer.start()
-                except BaseException:
-                    await producer.stop()
-                    raise
-                self._producer = producer
+        while self._producer is None:
+            if self._connecting is None:
+                self._connecting = asyncio.get_running_loop().create_task(self._connect(), name="kafka-connect")
+            connecting = self._connecting
+            try:
+                # A request whose time is up, or that is cancelled, leaves the connection to those that come after it.
+                await asyncio.shield(connecting)
+            except asyncio.CancelledError:
+                if connecting.cancelled():
+                    raise ProducerClosed from None
+                raise
         return self._producer
+
+    async def _connect(self) -> None:
+        try:
+            if self._ending:  # what was handed over before is written before
+                await asyncio.wait(self._ending)
+            options = self._options
+            compression = None if options.compression == "none" else options.compression
+            made = AIOKafkaProducer(
+                **options.client_settings(),
+                **{
+                    "acks": "all",
+                    "enable_idempotence": True,
+                    "linger_ms": options.linger_ms,
+                    "max_request_size": options.max_message_bytes,
+                    "compression_type": compression,
+                    **options.settings,
+                },
+            )
+            producer = lasting(made)
+            try:
+                await producer.start()
+            except BaseException:
+                await producer.stop()
+                raise
+            self._producer = producer
+        finally:
+            self._connecting = None
 
     async def close(self) -> None:
         """Disconnect; whoever wants a record written has waited for it."""
+        connecting = self._connecting
+        if connecting is not None:  # not at once: aiokafka leaves a connection behind that is cut off while it is made
+            await asyncio.wait({connecting}, timeout=_CLOSE_S)
+            connecting.cancel()
+            await asyncio.wait({connecting})
         if self._producer is not None:
             await closed(self._producer, _CLOSE_S)
         await asyncio.gather(*self._ending)

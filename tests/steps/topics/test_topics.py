@@ -1,11 +1,12 @@
 """`publish` and `queue` on a real broker, through the mock server; the stage behind a queue through the Kafka front end."""
 
 import asyncio
+import contextlib
 import json
 
 import numpy as np
 import pytest
-from aiokafka import AIOKafkaConsumer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.partitioner import DefaultPartitioner
 
 from servinggraph import Graph
@@ -16,6 +17,8 @@ from servinggraph.kafka.development import development_broker
 from servinggraph.lifecycle import Serving
 from servinggraph.protocols.kafka.server import KafkaFrontEnd
 from servinggraph.steps import Publish, Queue
+from servinggraph.steps.topics import writer as writers
+from servinggraph.steps.topics.publish import PublishOptions
 
 pytestmark = pytest.mark.anyio
 
@@ -27,7 +30,15 @@ def anyio_backend():
 
 async def read(kafka, topic, count):
     async with AIOKafkaConsumer(topic, bootstrap_servers=kafka.address, auto_offset_reset="earliest") as consumer:
-        return [(await asyncio.wait_for(consumer.getone(), 20)) for _ in range(count)]
+        return [(await asyncio.wait_for(consumer.getone(), 60)) for _ in range(count)]
+
+
+async def until_written(server, number):
+    """Ask again and again, as the time for writing is less than a machine may stand still."""
+    async with asyncio.timeout(60):
+        while True:
+            with contextlib.suppress(Unavailable):
+                return await server.infer(x=[number])
 
 
 def tensors(*nodes, **options):
@@ -215,6 +226,44 @@ async def test_a_broker_that_comes_back_takes_what_follows(kafka):
     assert [1] == again.outputs["offset"].tolist()
 
 
+async def test_a_connection_that_takes_longer_than_a_request_may_wait_is_there_for_those_that_follow(kafka, monkeypatch):
+    topic, go_on, begun = await kafka.topic("later"), asyncio.Event(), []
+    start = AIOKafkaProducer.start
+
+    async def slowly(producer):
+        begun.append(producer)
+        await go_on.wait()
+        await start(producer)
+
+    monkeypatch.setattr(AIOKafkaProducer, "start", slowly)
+    async with tensors(Queue(topic, kafka.address, write_timeout_ms=200)).mock() as server:
+        for _ in range(3):
+            with pytest.raises(Unavailable, match="not written to topic"):
+                await server.infer(x=[1.0])
+        go_on.set()
+        await until_written(server, 2.0)
+
+    assert 1 == len(begun)
+
+
+async def test_who_waits_for_a_connection_that_does_not_come_is_told_when_the_writer_ends(monkeypatch):
+    begun = asyncio.Event()
+
+    async def never(producer):
+        begun.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(AIOKafkaProducer, "start", never)
+    monkeypatch.setattr(writers, "_CLOSE_S", 0.01)
+    writer = writers.TopicWriter(PublishOptions(topic="t", brokers="127.0.0.1:1"))
+    asked = asyncio.ensure_future(writer.write(writers.Record(b"1", None, {})))
+    await begun.wait()
+    await writer.close()
+
+    with pytest.raises(Unavailable, match="not written to topic 't'"):
+        await asked
+
+
 async def test_the_development_broker_takes_the_records_of_a_process_that_has_one():
     with development_broker():
         async with tensors(Queue("later", "kafka.invalid:9092")).mock() as server:
@@ -226,17 +275,12 @@ async def test_a_broker_that_stood_still_fails_what_waited_and_takes_what_follow
     topic = await kafka.topic("later")
 
     async with tensors(Queue(topic, kafka.address, write_timeout_ms=1500)).mock() as server:
-        await server.infer(x=[1.0])
+        await until_written(server, 1.0)
         kafka.pause()
         with pytest.raises(Unavailable, match="not written to topic"):
             await server.infer(x=[2.0])
         kafka.resume()
-        for _ in range(5):  # the connections that stood still have to be given up first
-            try:
-                answer = await server.infer(x=[3.0])
-                break
-            except Unavailable:
-                continue
+        answer = await until_written(server, 3.0)  # the connections that stood still have to be given up first
 
     assert answer.outputs["offset"].tolist()[0] >= 1
 
@@ -250,7 +294,7 @@ async def test_a_record_that_the_topic_refuses_does_not_fail_those_beside_it_and
 
     refused = np.arange(10_000, dtype="f4")  # its key is its first element
     beside = [number for number in map(float, range(1, 100)) if partition(number) != partition(0.0)]
-    async with tensors(Queue(topic, kafka.address, key="tensor:x", write_timeout_ms=5000)).mock() as server:
+    async with tensors(Queue(topic, kafka.address, key="tensor:x", write_timeout_ms=60_000)).mock() as server:
         for _ in range(3):
             asked = [server.infer({"x": refused}), *(server.infer(x=[number]) for number in beside)]
             failure, *answers = await asyncio.gather(*asked, return_exceptions=True)
