@@ -17,7 +17,7 @@ from servinggraph.errors import Unavailable
 
 __all__ = ["address", "development_broker"]
 
-_PATIENCE_S = 5.0
+_PATIENCE_S = 30.0
 
 _running: list[str] = []
 """Addresses of brokers of this process, the latest last: whatever speaks Kafka here then speaks to that one."""
