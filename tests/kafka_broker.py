@@ -19,9 +19,11 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 ROOT: Final = Path(__file__).parents[1]
 LIBS: Final = ROOT / ".cache" / "kafka-libs"
-PATIENCE_S: Final = 60.0
+PATIENCE_S: Final = 120.0
 CLUSTER_ID: Final = "c2VydmluZ2dyYXBoMDAwMQ"
 STARTED: Final = "Kafka Server started"
+_ENDING: Final = 0x4
+"""PF_EXITING, of the flags in proc(5)'s stat."""
 
 SETTINGS: Final = {
     "process.roles": "broker,controller",
@@ -255,10 +257,15 @@ class Broker:
         stop_in_its_tracks(self._process)
 
     def thread_states(self) -> set[str]:
-        """What the threads are doing, as proc(5) names it: T is stopped."""
+        """What the threads are doing, as proc(5) names it: T is stopped. Those that are ending do nothing any more."""
         assert self._process is not None
-        stats = Path(f"/proc/{self._process.pid}/task").glob("*/stat")
-        return {stat.read_text().rpartition(")")[2].split()[0] for stat in stats}
+        states = set()
+        for stat in Path(f"/proc/{self._process.pid}/task").glob("*/stat"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                state, _, _, _, _, _, flags, *_ = stat.read_text().rpartition(")")[2].split()
+                if not int(flags) & _ENDING:
+                    states.add(state)
+        return states
 
     def resume(self) -> None:
         assert self._process is not None

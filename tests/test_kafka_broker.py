@@ -11,7 +11,7 @@ pytestmark = pytest.mark.anyio
 
 async def read(address, topic, count, **options):
     async with AIOKafkaConsumer(topic, bootstrap_servers=address, auto_offset_reset="earliest", **options) as consumer:
-        return [(await asyncio.wait_for(consumer.getone(), 20)).value for _ in range(count)]
+        return [(await asyncio.wait_for(consumer.getone(), 60)).value for _ in range(count)]
 
 
 @pytest.mark.slow
@@ -43,8 +43,13 @@ async def test_offsets_and_output_of_a_transaction_stand_or_fall_together(kafka,
             await producer.send_offsets_to_transaction({place: 1}, target)
 
     assert [b"kept"] == await read(kafka.address, target, 1, isolation_level="read_committed")
-    async with AIOKafkaConsumer(bootstrap_servers=kafka.address, group_id=target, enable_auto_commit=False) as consumer:
-        assert 1 == await consumer.committed(place)
+    async with (
+        AIOKafkaConsumer(bootstrap_servers=kafka.address, group_id=target, enable_auto_commit=False) as consumer,
+        asyncio.timeout(60),
+    ):
+        while (offset := await consumer.committed(place)) is None:  # seen a little after what was written
+            await asyncio.sleep(0.02)
+    assert 1 == offset
 
 
 async def test_a_paused_broker_answers_once_it_goes_on(kafka, anyio_backend):

@@ -45,6 +45,18 @@ class Place:
                 } | options
                 sent = [(name, value.encode()) for name, value in headers.items() if value is not None]
                 await producer.send(self.dead, value.encode(), key=b"k", headers=sent, partition=number % 2)
+        await self._committed()
+
+    async def _committed(self):
+        """Wait until readers of committed records see all that is there: brokers say earlier that a transaction is over."""
+        places = [TopicPartition(self.dead, number) for number in range(2)]
+        async with (
+            AIOKafkaConsumer(bootstrap_servers=self.address, isolation_level="read_committed") as one,
+            AIOKafkaConsumer(bootstrap_servers=self.address) as other,
+            asyncio.timeout(60),
+        ):
+            while await one.end_offsets(places) != await other.end_offsets(places):
+                await asyncio.sleep(0.02)
 
     async def replay(self, *, to=None, group=None, again=False, dry_run=False, **selected):
         selection = Selection(**selected)
@@ -55,7 +67,7 @@ class Place:
         async with AIOKafkaConsumer(
             self.source, bootstrap_servers=self.address, auto_offset_reset="earliest", isolation_level="read_committed"
         ) as consumer:
-            records = [await asyncio.wait_for(consumer.getone(), 20) for _ in range(count)]
+            records = [await asyncio.wait_for(consumer.getone(), 60) for _ in range(count)]
             more = await consumer.getmany(timeout_ms=300)
             assert {} == {place: [record.value for record in found] for place, found in more.items()}
             return records

@@ -21,6 +21,7 @@ from servinggraph.errors import (
 )
 from servinggraph.kafka import headers as names
 from servinggraph.messages import InferenceRequest, InferenceResponse
+from servinggraph.protocols.kafka.clients import lasting
 from servinggraph.protocols.v2.request import RequestLimits, parse_request
 from servinggraph.protocols.v2.response import encode_response
 from servinggraph.tensors import TensorSpec
@@ -52,8 +53,8 @@ async def serving(kafka, answer):
             await producer.send(found[names.REPLY_TOPIC].decode(), body, headers=sent, partition=partition)
 
     async with (
-        AIOKafkaConsumer(topic, bootstrap_servers=kafka.address, auto_offset_reset="earliest") as consumer,
-        AIOKafkaProducer(bootstrap_servers=kafka.address) as producer,
+        lasting(AIOKafkaConsumer(topic, bootstrap_servers=kafka.address, auto_offset_reset="earliest")) as consumer,
+        lasting(AIOKafkaProducer(bootstrap_servers=kafka.address)) as producer,
     ):
         task = asyncio.create_task(serve())
         try:
@@ -115,7 +116,7 @@ async def test_what_a_request_says_stands_in_headers(kafka):
         return await double(found, body)
 
     async with serving(kafka, look) as (topic, replies), Client(kafka.address, topic, replies, graph="g") as client:
-        await client.infer({"x": ROWS}, id="r-1", headers={"tenant": "a", "x-deadline": "not mine"}, timeout_s=5)
+        await client.infer({"x": ROWS}, id="r-1", headers={"tenant": "a", "x-deadline": "not mine"})
 
     (found,) = seen
     assert (b"r-1", b"a", b"g") == (found[names.REQUEST_ID], found["tenant"], found[names.GRAPH])

@@ -36,7 +36,7 @@ async def test_records_transactions_and_groups_work_there():
             enable_auto_commit=False,
             isolation_level="read_committed",
         ) as consumer:
-            read = [(await asyncio.wait_for(consumer.getone(), 20)).value for _ in range(20)]
+            read = [(await asyncio.wait_for(consumer.getone(), 60)).value for _ in range(20)]
             await consumer.commit()
             kept = [await consumer.committed(place) for place in consumer.assignment()]
 
@@ -104,7 +104,7 @@ async def test_a_stream_that_began_there_is_served_exactly_once():
             async with AIOKafkaConsumer(
                 "out", bootstrap_servers=where, auto_offset_reset="earliest", isolation_level="read_committed", check_crcs=False
             ) as consumer:
-                found = [(await asyncio.wait_for(consumer.getone(), 20)).value for _ in range(3)]
+                found = [(await asyncio.wait_for(consumer.getone(), 60)).value for _ in range(3)]
         finally:
             await front_end.stop(5)
             await serving.catalog.stop()

@@ -23,7 +23,7 @@ from servinggraph.interfaces import FrontEndOptions
 from servinggraph.lifecycle import Serving
 from servinggraph.protocols.kafka.server import KafkaFrontEnd
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 def body(*values: float, id: str = "") -> bytes:
@@ -134,15 +134,19 @@ class Process:
     def resume(self) -> None:
         self.signal(signal.SIGCONT)
 
+    def wake(self) -> None:
+        """Let the step `freeze` go on."""
+        (self._folder / "awake").touch()
+
     def kill(self) -> None:
         self.signal(signal.SIGKILL)
-        self._process.wait(10)
+        self._process.wait(PATIENCE_S)
 
     def stop(self) -> int:
         """End in order, and return the exit status."""
         self.signal(signal.SIGCONT)
         self.signal(signal.SIGTERM)
-        return self._process.wait(30)
+        return self._process.wait(PATIENCE_S)
 
     def end(self) -> None:
         if self._process.poll() is None:
@@ -214,7 +218,8 @@ class Kit:
 
     async def send(self, topic: str, *records: Any) -> None:
         """Write records: values, or (key, value) pairs, or mappings of what `AIOKafkaProducer.send` takes."""
-        async with AIOKafkaProducer(bootstrap_servers=self.address, acks="all", linger_ms=2) as producer:
+        # Idempotent: what brokers acknowledge too late is not written twice.
+        async with AIOKafkaProducer(bootstrap_servers=self.address, enable_idempotence=True, linger_ms=2) as producer:
             sent = []
             for record in records:
                 if isinstance(record, bytes):
@@ -258,6 +263,31 @@ def kit(kafka: Any, tmp_path: Path) -> Iterator[Kit]:
     yield made
     for process in made.processes:
         process.end()
+
+
+class RunningTime:
+    """The time in which aiokafka measures how long nobody polls: it passes while a test waits for it and the machine runs."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def monotonic(self) -> float:
+        return self._now
+
+    async def sleep(self, seconds: float) -> None:
+        loop, end = asyncio.get_running_loop(), self._now + seconds
+        while self._now < end:
+            before = loop.time()
+            await asyncio.sleep(0.01)
+            self._now += min(0.05, loop.time() - before)  # what is more, the machine stood still
+
+
+@pytest.fixture
+def running_time(monkeypatch: pytest.MonkeyPatch) -> RunningTime:
+    """Have a group's `max_poll_interval_ms` measured in a time that does not pass while the machine stands still."""
+    clock = RunningTime()
+    monkeypatch.setattr("aiokafka.consumer.subscription_state.time", clock)
+    return clock
 
 
 @pytest.fixture

@@ -28,6 +28,8 @@ from typing import Any
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError
 
+from servinggraph.protocols.kafka.clients import lasting
+
 ROOT = Path(__file__).parents[3]
 PATIENCE_S = 120.0
 PARTITIONS = 6
@@ -48,7 +50,7 @@ nodes: {{double: {{step: python, call: "kill_steps:double"}}}}
 answer: double
 kafka:
   brokers: "{brokers}"
-  input: {{topics: [{input}], group: {input}, session_timeout_ms: {session_ms}}}
+  input: {{topics: [{input}], group: {input}, session_timeout_ms: {session_ms}, settings: {{heartbeat_interval_ms: 750}}}}
   output: {{topic: {output}}}
   errors: {{topic: {dead}}}
   delivery: {delivery}
@@ -122,8 +124,9 @@ class Harness:
         self.topics = {name: await self.cluster.topic(name, PARTITIONS) for name in ("in", "out", "dead")}
         (self.folder / "kill_steps.py").write_text(STEPS)
         names = {"input": self.topics["in"], "output": self.topics["out"], "dead": self.topics["dead"]}
-        # A member that stands still must not count as dead sooner than the broker that does.
-        session_ms = 3000 if scenario != "pause_broker" else int(1e3 * stand_still_s) + 3000
+        # A member that stands still must not count as dead sooner than the broker that does, or than a slow machine.
+        longer_s = {"pause_broker": stand_still_s, "terminate_server": 30.0}
+        session_ms = 3000 + int(1e3 * longer_s.get(scenario, 0.0))
         text = GRAPH.format(brokers=self.cluster.address, delivery=self.delivery, session_ms=session_ms, **names)
         (self.folder / "graph.yaml").write_text(text)
         disturb = getattr(self, f"_{scenario}")
@@ -131,12 +134,14 @@ class Harness:
         for server in self.servers:
             await server.start()
         try:
-            async with AIOKafkaProducer(
-                bootstrap_servers=self.cluster.address,
-                acks="all",
-                enable_idempotence=True,
-                request_timeout_ms=60_000,
-                linger_ms=2,
+            async with lasting(
+                AIOKafkaProducer(
+                    bootstrap_servers=self.cluster.address,
+                    acks="all",
+                    enable_idempotence=True,
+                    request_timeout_ms=60_000,
+                    linger_ms=2,
+                )
             ) as producer:
                 await self._write(producer, self.count // (self.rounds + 1))
                 await self._until(lambda: len(self.seen) > 0, "no answer at all")
@@ -204,11 +209,13 @@ class Harness:
         """Follow the answers while the run is under way."""
         while True:
             try:
-                async with AIOKafkaConsumer(
-                    self.topics["out"],
-                    bootstrap_servers=self.cluster.address,
-                    auto_offset_reset="earliest",
-                    isolation_level="read_committed",
+                async with lasting(
+                    AIOKafkaConsumer(
+                        self.topics["out"],
+                        bootstrap_servers=self.cluster.address,
+                        auto_offset_reset="earliest",
+                        isolation_level="read_committed",
+                    )
                 ) as consumer:
                     while True:
                         for records in (await consumer.getmany(timeout_ms=100)).values():

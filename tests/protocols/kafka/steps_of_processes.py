@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 
@@ -13,9 +14,10 @@ def double(value: Any) -> Any:
 
 
 async def freeze(value: Any) -> Any:
-    """Say that it runs, and go on a moment later, when the test has stopped the process meanwhile."""
+    """Say that it runs, and go on once the test has stopped the process, and says so."""
     print("asleep", file=sys.stderr, flush=True)
-    await asyncio.sleep(0.5)
+    while not Path("awake").exists():
+        await asyncio.sleep(0.01)
     return double(value)
 
 

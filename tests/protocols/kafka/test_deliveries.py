@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from servinggraph.protocols.kafka import stream as streams
+
 pytestmark = pytest.mark.anyio
 
 path = str(Path(__file__).with_name("conftest.py"))
@@ -22,12 +24,13 @@ async def test_exactly_once_writes_answers_and_offsets_together(kit):
     async with kit.serve(double, kafka) as served:
         await kit.send(served.input, *((b"%d" % (i % 7), body(i)) for i in range(100)))
         answers = await kit.read(served.output, 100)
-        report = served.report
+        await until(lambda: served.report["produced"] == 100, lambda: served.report)
+        assert 10 <= served.report["commits"] <= 100
 
     assert Counter(2.0 * i for i in range(100)) == Counter(numbers(answers))
-    assert 100 == report["produced"]
-    assert 10 <= report["commits"] <= 100
-    assert 100 == await served.committed(0) + await served.committed(1)
+    each = Counter(answer.partition for answer in answers)
+    # What a transaction commits is seen a little after its records.
+    assert 100 == sum([await served.committed(number, at_least=each[number]) for number in (0, 1)])
 
 
 async def test_exactly_once_writes_a_partition_s_answers_in_the_order_of_its_records(kit):
@@ -59,7 +62,7 @@ async def test_exactly_once_has_dead_letters_in_the_same_transaction(kit):
         (letter,) = await kit.read(served.dead, 1)
 
     assert b"nonsense" == letter.value
-    assert 3 == await served.committed()
+    assert 3 == await served.committed(at_least=3)
 
 
 async def test_at_most_once_commits_before_it_runs(kit):
@@ -76,7 +79,10 @@ async def test_at_most_once_commits_before_it_runs(kit):
         assert 2 == await served.committed()
 
 
-async def test_a_broker_that_goes_away_is_waited_for_with_a_line_in_the_log_and_nothing_is_lost_or_doubled(kit, caplog):
+async def test_a_broker_that_goes_away_is_waited_for_with_a_line_in_the_log_and_nothing_is_lost_or_doubled(
+    kit, caplog, monkeypatch
+):
+    monkeypatch.setattr(streams, "_SILENT_S", 600.0)  # however long the broker takes to start
     caplog.set_level("INFO")
     kafka = await kit.options(delivery="exactly_once", transaction={"interval_ms": 20})
     async with kit.serve(double, kafka) as served:
@@ -92,11 +98,13 @@ async def test_a_broker_that_goes_away_is_waited_for_with_a_line_in_the_log_and_
 
     assert Counter(2.0 * i for i in range(100)) == Counter(numbers(answers))
     lines = [record.getMessage() for record in caplog.records if record.name == "servinggraph.kafka"]
-    assert [f"graph 'g', Kafka: no answer from {kit.address}; waiting", "graph 'g', Kafka: reading again"] == lines
+    told = [f"graph 'g', Kafka: no answer from {kit.address}; waiting", "graph 'g', Kafka: reading again"]
+    # Once for each time that it does not answer, of which a slow machine may add some.
+    assert told * max(1, len(lines) // 2) == lines
 
 
 @pytest.mark.parametrize("delivery", ["at_least_once", "exactly_once"])
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 async def test_leaders_that_change_under_load_lose_and_double_nothing(kafka_cluster, tmp_path, delivery):
     kit = here.Kit(kafka_cluster, tmp_path)
     kafka = await kit.options(partitions=3, delivery=delivery, transaction={"interval_ms": 20}, commit={"interval_ms": 50})

@@ -128,18 +128,23 @@ async def test_a_failure_that_does_not_pass_is_given_up_after_its_attempts(kit):
 
 
 async def test_a_stop_finishes_what_runs_commits_it_and_leaves_the_rest(kit):
-    begun = []
+    begun, gate = [], asyncio.Event()
 
     async def slow(value):
         x = value["x"]
         begun.append(x[0])
-        await asyncio.sleep(0.3)
+        await gate.wait()
         return {"y": x}
 
     kafka = await kit.options(max_in_flight=2, commit={"interval_ms": 60_000})
     async with kit.serve(slow, kafka) as served:
         await kit.send(served.input, *((bytes([i]), body(i)) for i in range(6)))
         await until(lambda: len(begun) == 2)
+        (stream,) = served.front_end._streams.values()
+        stopping = asyncio.ensure_future(served.front_end.stop(60))
+        await until(lambda: stream._session.runner._leaving)
+        gate.set()
+        await stopping
     answers = await kit.read(served.output, 2)
 
     assert {0.0, 1.0} == {values(answer)[0] for answer in answers}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.timeout(400)]
 
 _SPEC = importlib.util.spec_from_file_location("kafka_kills", Path(__file__).with_name("kills.py"))
 kills = importlib.util.module_from_spec(_SPEC)

@@ -37,6 +37,7 @@ async def test_answers_dead_letters_lag_and_commits_are_those_that_there_were(ki
         await kit.send(served.input, *records)
         await until(lambda: served.report["produced"] == good and served.report["dead_letters"] == bad + nonsense)
         assert len(records) == await served.committed(at_least=len(records))
+        await until(lambda: served.report["commits"] > 0)
         text = write(served.serving.metrics(), "")[0].decode()
 
     found = {

@@ -43,9 +43,16 @@ async def killed_in_the_middle(kit, kafka, count):
         await kit.read(kafka["output"]["topic"], int(count * share), quiet_s=0)
         process.kill()
         process.start()
-    answers = await kit.read(kafka["output"]["topic"], count, quiet_s=3)
+    end = asyncio.get_running_loop().time() + here.PATIENCE_S
+    read = count
+    while True:  # some of them may have come twice
+        answers = await kit.read(kafka["output"]["topic"], read, quiet_s=0)
+        if len(set(numbers(answers))) == count:
+            break
+        assert asyncio.get_running_loop().time() < end, f"{len(set(numbers(answers)))} of {count} are answered"
+        read = len(answers) + 1
     assert 0 == process.stop()
-    return Counter(numbers(answers))
+    return Counter(numbers(await kit.read(kafka["output"]["topic"], len(answers), quiet_s=1)))
 
 
 async def test_01_a_killed_server_loses_nothing(kit):
@@ -86,7 +93,7 @@ async def test_03_answers_of_a_key_keep_their_order(kit, order):
     assert [list(map(float, range(each)))] * keys == list(by_key.values())
 
 
-async def test_04_memory_is_bounded_and_a_slow_graph_keeps_its_partitions(kit):
+async def test_04_memory_is_bounded_and_a_slow_graph_keeps_its_partitions(kit, running_time):
     go = asyncio.Event()
 
     async def wait(value):
@@ -100,7 +107,7 @@ async def test_04_memory_is_bounded_and_a_slow_graph_keeps_its_partitions(kit):
         large = body(*range(5000))
         await kit.send(served.input, *(large for _ in range(40)))
         await until(lambda: served.report["paused"])
-        await asyncio.sleep(2.5)
+        await running_time.sleep(4)
         report = served.report
         assert report["waiting"] <= 10
         assert report["waiting_bytes"] < 200_000 + 2 * len(large)
@@ -232,7 +239,7 @@ async def test_08_whoever_asked_finds_the_answer(kit):
             },
         )
         (reply,) = await kit.read(replies, 1)
-        second, third, fourth = await kit.read(served.output, 3)
+        second, third, fourth = sorted(await kit.read(served.output, 3), key=lambda answer: answer.key)
 
     assert (2, b"1", "r-1") == (reply.partition, reply.key, json.loads(reply.value)["id"])
     fields = dict(reply.headers)
@@ -262,9 +269,9 @@ async def test_09_a_server_begins_when_it_is_ready_and_ends_in_order(kit):
     assert 0 == process.stop()
     answers = numbers(await kit.read(kafka["output"]["topic"], 3))
 
-    assert [2.0 * number for number in range(1, len(answers) + 1)] == answers
+    assert [2.0 * number for number in range(1, len(answers) + 1)] == sorted(answers)
     async with kit.serve(double, kafka) as served:  # what was not begun is left for the next member, and nothing else
-        assert [2.0 * number for number in range(1, 9)] == numbers(await kit.read(served.output, 8))
+        assert [2.0 * number for number in range(1, 9)] == sorted(numbers(await kit.read(served.output, 8)))
 
 
 async def test_10_every_format_of_http_and_grpc_is_understood(kit):
@@ -287,8 +294,8 @@ async def test_10_every_format_of_http_and_grpc_is_understood(kit):
     framed = await kit.options(framing="confluent")
     async with kit.serve(double, framed) as served:
         schema = b"\0\0\0\0\x2a"
-        await kit.send(served.input, schema + body(1, 2), schema + b"\0" + message.SerializeToString())
-        first, second = await kit.read(served.output, 2)
+        await kit.send(served.input, (b"1", schema + body(1, 2)), (b"2", schema + b"\0" + message.SerializeToString()))
+        first, second = sorted(await kit.read(served.output, 2), key=lambda answer: answer.key)
         assert [2.0, 4.0] == values(first)
         assert "p" == triton.ModelInferResponse.FromString(second.value).id
     async with kit.serve(double, kafka, max_body_bytes=100_000) as served:
@@ -335,6 +342,8 @@ async def test_12_the_state_is_told_in_numbers_and_words(kit):
         await kit.send(served.input, *requests(0, 30), (b"bad", b"bad"))
         await until(lambda: served.report["produced"] == 30 and served.report["dead_letters"] == 1)
         await until(lambda: served.report["lag"] == 0)
+        loop, answered = asyncio.get_running_loop(), asyncio.get_running_loop().time()
+        await until(lambda: served.report["commit_age_s"] < loop.time() - answered)
         report = served.report
 
     assert {
@@ -343,7 +352,6 @@ async def test_12_the_state_is_told_in_numbers_and_words(kit):
     }.items() <= report.items()  # fmt: skip
     assert 2 == len(report["partitions"])
     assert 31 == sum(report["positions"].values())
-    assert report["commit_age_s"] < 5
     assert report["seconds"] > 0
 
 
