@@ -331,7 +331,7 @@ def test_kept_answers_of_an_inner_graph_are_kept(folder):
 
 def test_steps_inside_keep_state_for_the_sequences_of_the_outer_graph(folder):
     inner = graph_text("inner", {"sum": node("total")}, "sum")
-    outer = graph_text("outer", {"part": "{step: graph, path: inner.yaml}"}, "part", sequences="{}")
+    outer = graph_text("outer", {"part": "{step: graph, path: inner.yaml}"}, "part", sequences="{idle_ms: 600000}")
     graph = write(folder, inner=inner, outer=outer)
     with graph.mock() as server:
         sums = [

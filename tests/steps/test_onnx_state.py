@@ -68,7 +68,7 @@ H = {"input": "h", "output": "h_out"}
 
 
 def graph_of(path, state=None, sequences=True, inputs=X, **options):
-    graph = Graph("g", inputs=inputs, **({"sequences": {}} if sequences else {}))
+    graph = Graph("g", inputs=inputs, **({"sequences": {"idle_ms": 600_000}} if sequences else {}))
     graph.to(steps.Onnx(path, state=[H] if state is None else state, **options), name="m").respond()
     return graph
 

@@ -1,5 +1,6 @@
 """The python step: what a function is given, where it runs, what a class may do."""
 
+import asyncio
 import threading
 import time
 
@@ -266,17 +267,24 @@ def test_module_of_another_folder_under_the_same_name_is_refused(tmp_path):
         Graph.load(tmp_path / "two" / "g.yaml").compile()
 
 
-def test_a_step_in_a_thread_can_see_that_nobody_waits_any_more():
-    seen = threading.Event()
+def test_a_step_in_a_thread_can_see_that_nobody_waits_any_more(manual_clock, run):
+    begun, seen = threading.Event(), threading.Event()
 
     def step(value, context):
         assert not context.cancelled
+        begun.set()
         while not context.cancelled:
             time.sleep(0.001)
         seen.set()
         return value
 
-    with graph_of(step, run="thread").mock() as server:
-        with pytest.raises(DeadlineExceeded):
-            server.infer(x=ONES, timeout_s=0.3)
-        assert seen.wait(30)
+    async def main():
+        async with graph_of(step, run="thread").mock() as server:
+            asked = asyncio.ensure_future(server.infer(x=ONES, timeout_s=0.3))
+            assert await asyncio.to_thread(begun.wait, 60)
+            await manual_clock.advance(0.4)
+            with pytest.raises(DeadlineExceeded):
+                await asked
+            assert await asyncio.to_thread(seen.wait, 60)
+
+    run(main())

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,11 @@ import sys
 import numpy as np
 from servinggraph import InvalidRequest, signature
 
-# Each graph has this module to itself, and they count together.
-seen = sys.__dict__.setdefault("seen_by_all", {"cancelled": 0, "begun": 0})
+# Each graph has this module to itself, and they count together, by the id of the request.
+seen = sys.__dict__.setdefault("seen_by_all", {})
+
+def counts_of(context):
+    return seen.setdefault(context.id, {"cancelled": 0, "begun": 0})
 
 @signature(inputs={"x": ("FP32", [-1])}, outputs={"y": ("FP32", [-1])})
 def double(value):
@@ -41,18 +45,18 @@ def told(value, context):
     text = json.dumps({"id": context.id, "left": left, "headers": dict(context.headers), "parameters": dict(context.parameters)})
     return {"told": np.array([text.encode()], dtype=object)}
 
-async def slow(value):
-    seen["begun"] += 1
+async def slow(value, context):
+    counts_of(context)["begun"] += 1
     try:
-        await asyncio.sleep(30)
+        await asyncio.sleep(600)
     except asyncio.CancelledError:
-        seen["cancelled"] += 1
+        counts_of(context)["cancelled"] += 1
         raise
     return {"y": value["x"]}
 
 @signature(outputs={"begun": ("INT64", [1]), "cancelled": ("INT64", [1])})
-def count(value):
-    return {name: np.array([number]) for name, number in seen.items()}
+def count(value, context):
+    return {name: np.array([number]) for name, number in counts_of(context).items()}
 """
 GRAPHS = {
     "double": ("x: {datatype: FP32, shape: [-1]}", "double"),
@@ -84,7 +88,8 @@ class Other:
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            if found := re.search(r"serving .* on (\{.*?\})", json.loads(line)["message"]):
+            # As text: libraries may say something that is no JSON.
+            if found := re.search(r"serving .* on (\{.*?\})", line):
                 ports_of = json.loads(found[1].replace("'", '"'))
                 break
         self.http, self.grpc = f"http://127.0.0.1:{ports_of['http']}", f"grpc://127.0.0.1:{ports_of['grpc']}"
@@ -144,7 +149,7 @@ class BadServer:
         self.requests = 0
         self.seen: list[bytes] = []
         self._socket = socket.create_server(("127.0.0.1", 0))
-        self._open: list[socket.socket] = []
+        self._open: list[tuple[socket.socket, threading.Thread]] = []
         self.port = self._socket.getsockname()[1]
         self.url = f"http{'s' if certificate else ''}://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -156,13 +161,16 @@ class BadServer:
                 connection, _ = self._socket.accept()
             except OSError:
                 return
-            self._open.append(connection)
-            threading.Thread(target=self._talk, args=(connection,), daemon=True).start()
+            if self._tls is not None:
+                connection = self._tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+            thread = threading.Thread(target=self._talk, args=(connection,), daemon=True)
+            self._open.append((connection, thread))
+            thread.start()
 
     def _talk(self, connection: socket.socket) -> None:
         try:
-            if self._tls is not None:
-                connection = self._tls.wrap_socket(connection, server_side=True)
+            if isinstance(connection, ssl.SSLSocket):
+                connection.do_handshake()
             while request := read_request(connection):
                 self.requests += 1
                 self.seen.append(request)
@@ -173,9 +181,15 @@ class BadServer:
             connection.close()
 
     def stop(self) -> None:
+        # Threads end before their sockets are closed: one that waits at a descriptor when the process is stopped goes on at
+        # whatever has the same number by then, and would answer for a later test's server.
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join(60)
         self._socket.close()
-        for connection in self._open:
-            connection.close()
+        for connection, thread in self._open:
+            with suppress(OSError):  # it has ended by itself
+                connection.shutdown(socket.SHUT_RDWR)
+            thread.join(60)
 
 
 def read_request(connection: socket.socket) -> bytes:
@@ -187,9 +201,12 @@ def read_request(connection: socket.socket) -> bytes:
             return b""
         data += more
     head, _, body = data.partition(b"\r\n\r\n")
-    length = re.search(rb"content-length: *(\d+)", head, re.IGNORECASE)
+    length = re.search(rb"\r\ncontent-length: *(\d+)", head, re.IGNORECASE)
     while length and len(body) < int(length[1]):
-        body += connection.recv(65536)
+        more = connection.recv(65536)
+        if not more:
+            return b""
+        body += more
     return head + b"\r\n\r\n" + body
 
 

@@ -21,6 +21,7 @@ from servinggraph.steps.remote.fleet import Fleet
 from servinggraph.steps.remote.headers import Secrets
 
 X = {"x": ("FP32", [-1])}
+PATIENT = {"connect_timeout_ms": 60_000}
 SECRET = "hunter22+a/b== &long"  # noqa: S105  (nobody's)
 
 
@@ -42,7 +43,7 @@ def graph_of(step):
 
 
 def v2(url, **options):
-    return graph_of(steps.V2(url, "double", **{"metadata": "ignore", **options}))
+    return graph_of(steps.V2(url, "double", **{"metadata": "ignore", "metadata_timeout_ms": 60_000, **PATIENT, **options}))
 
 
 def failure_of(graph):
@@ -203,10 +204,10 @@ def quoting(place):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda url: steps.Rest(url + "/a", query={"key": "${FAR_TOKEN}"}),
-        lambda url: steps.Rest(url + "/a/${FAR_TOKEN}/b"),
-        lambda url: steps.Rest(url + "/a", headers={"Authorization": "${FAR_TOKEN}"}),
-        lambda url: steps.V2(url, "m", headers={"Authorization": "${FAR_TOKEN}"}, metadata="ignore"),
+        lambda url: steps.Rest(url + "/a", query={"key": "${FAR_TOKEN}"}, **PATIENT),
+        lambda url: steps.Rest(url + "/a/${FAR_TOKEN}/b", **PATIENT),
+        lambda url: steps.Rest(url + "/a", headers={"Authorization": "${FAR_TOKEN}"}, **PATIENT),
+        lambda url: steps.V2(url, "m", headers={"Authorization": "${FAR_TOKEN}"}, metadata="ignore", **PATIENT),
     ],
 )
 def test_a_secret_that_a_server_quotes_is_not_printed_however_it_is_spelled(bad_server, monkeypatch, make):
@@ -220,7 +221,7 @@ def test_a_secret_that_a_server_quotes_is_not_printed_however_it_is_spelled(bad_
 def test_a_secret_in_the_address_of_a_callback_is_not_printed(bad_server, monkeypatch):
     monkeypatch.setenv("FAR_TOKEN", "hunter22/long")
     place = bad_server(quoting(lambda: place))
-    failed, text = failure_of(graph_of(steps.Callback(url=place.url + "/a/${FAR_TOKEN}", on_failure="fail")))
+    failed, text = failure_of(graph_of(steps.Callback(url=place.url + "/a/${FAR_TOKEN}", on_failure="fail", **PATIENT)))
     assert "answered 404: Cannot POST /a/${FAR_TOKEN}" in failed.message
     assert "hunter" not in text
 
@@ -260,7 +261,7 @@ def test_the_cause_of_an_error_does_not_have_the_secret_either(bad_server, monke
         connection.close()
 
     place = bad_server(no_http)
-    failed, text = failure_of(graph_of(steps.Rest(place.url + "/a", query={"key": "${FAR_TOKEN}"})))
+    failed, text = failure_of(graph_of(steps.Rest(place.url + "/a", query={"key": "${FAR_TOKEN}"}, **PATIENT)))
     assert "cannot be read" in failed.message
     assert "hunter" not in text
 
@@ -354,7 +355,7 @@ def test_a_batch_over_rest_that_may_have_run_is_not_sent_again_either(bad_server
 
     async def main():
         batch = {"max_rows": 2, "max_delay_ms": 5000, "wait_when_idle": True}
-        async with graph_of(steps.Rest(place.url, batch=batch, outputs=declared)).mock() as server:
+        async with graph_of(steps.Rest(place.url, batch=batch, outputs=declared, **PATIENT)).mock() as server:
             return await asyncio.gather(server.infer(x=[1]), server.infer(x=[2]), return_exceptions=True)
 
     assert [StepFailed] * 2 == [type(end) for end in asyncio.run(main())]
@@ -366,7 +367,7 @@ def test_a_batch_keeps_the_other_members_of_an_ensemble_when_one_is_another_serv
 
     async def main():
         graph = Graph("g", inputs=X)
-        far = steps.V2(place.url, "m", metadata="ignore", outputs={"y": {"datatype": "FP32", "shape": [-1]}})
+        far = steps.V2(place.url, "m", metadata="ignore", outputs={"y": {"datatype": "FP32", "shape": [-1]}}, **PATIENT)
         members = {"near": lambda value: {"y": value["x"]}, "far": far}
         ensemble = routers.Ensemble(members, combine="mean", quorum=1, on_failure="reweight")
         graph.to(ensemble, name="both", batch={"max_rows": 3, "max_delay_ms": 5000, "wait_when_idle": True}).respond()

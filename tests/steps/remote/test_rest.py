@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def answer(status="200 OK", body=b"", *fields):
 def graph_of(url, inputs="body", outputs=None, **options):
     graph = Graph("g", inputs=inputs)
     node = {} if outputs is None else {"outputs": outputs}
-    graph.to(steps.Rest(url, **options), name="far", **node).respond()
+    graph.to(steps.Rest(url, **{"connect_timeout_ms": 60_000, **options}), name="far", **node).respond()
     return graph
 
 
@@ -185,7 +186,7 @@ def test_text_and_bytes_can_be_taken_as_they_are(service):
             assert wanted == server.invoke({})
 
 
-def test_a_deadline_and_a_caller_who_leaves_end_the_connection(bad_server):
+def test_a_deadline_and_a_caller_who_leaves_end_the_connection(bad_server, manual_clock, run):
     ended = []
 
     def behave(connection):
@@ -193,19 +194,29 @@ def test_a_deadline_and_a_caller_who_leaves_end_the_connection(bad_server):
 
     place = bad_server(behave)
 
+    async def until(condition):
+        end = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < end
+            await asyncio.to_thread(time.sleep, 0.001)
+
     async def main():
         async with graph_of(place.url).mock() as server:
+            late = asyncio.ensure_future(server.invoke({}, timeout_s=0.5))
+            await until(lambda: place.requests == 1)
+            await manual_clock.advance(0.4)
+            assert not ended
+            await manual_clock.advance(0.2)
             with pytest.raises(DeadlineExceeded):
-                await server.invoke({}, timeout_s=0.5)
+                await late
+            await until(lambda: len(ended) == 1)
             asked = asyncio.ensure_future(server.invoke({}))
-            while place.requests < 2:
-                await asyncio.sleep(0.001)
+            await until(lambda: place.requests == 2)
             asked.cancel()
             await asyncio.wait([asked])
-            while len(ended) < 2:
-                await asyncio.sleep(0.001)
+            await until(lambda: len(ended) == 2)
 
-    asyncio.run(main())
+    run(main())
     assert [b"", b""] == ended
 
 

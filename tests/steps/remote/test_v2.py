@@ -5,6 +5,7 @@ import json
 import sys
 import threading
 import time
+from uuid import uuid4
 
 import ml_dtypes
 import numpy as np
@@ -21,6 +22,8 @@ from servinggraph.errors import (
 )
 
 X = {"x": ("FP32", [-1])}
+PATIENCE_S = 60
+PATIENT = {"connect_timeout_ms": PATIENCE_S * 1e3, "metadata_timeout_ms": PATIENCE_S * 1e3}
 V2_ANSWER = b'{"model_name":"m","model_version":"1","outputs":[{"name":"y","datatype":"FP32","shape":[1],"data":[7]}]}'
 
 
@@ -31,9 +34,8 @@ def answer(status="200 OK", body=b"", *fields):
 
 
 def graph_of(url, model="double", inputs=X, **options):
-    options.setdefault("metadata", "ignore")
     graph = Graph("g", inputs=inputs)
-    graph.to(steps.V2(url, model, **options), name="far").respond()
+    graph.to(steps.V2(url, model, **{"metadata": "ignore", **PATIENT, **options}), name="far").respond()
     return graph
 
 
@@ -128,17 +130,16 @@ def test_a_server_that_is_killed_in_the_middle_of_a_request(start_other):
         other = start_other()
 
         def kill(other=other):
-            while not counted(other)["begun"]:
-                pass
+            counted_until(other, "r", "begun")
             other.process.kill()
 
         with graph_of(getattr(other, protocol), "slow").mock() as server:
             killer = threading.Thread(target=kill)
             killer.start()
             with pytest.raises(Unavailable, match="node 'far': .* closed the connection before its answer was there"):
-                server.infer(x=[1])
+                server.infer(x=[1], id="r")
             killer.join()
-            end = time.monotonic() + 10
+            end = time.monotonic() + PATIENCE_S
             while "cannot connect to" not in ended(server) and time.monotonic() < end:
                 pass  # gRPC may learn only now that the connection is gone
             assert "node 'far': cannot connect to" in ended(server)
@@ -172,7 +173,7 @@ def test_a_batch_goes_as_one_request(bad_server):
 def test_tensors_have_other_names_there(other):
     graph = Graph("g", inputs={"a": ("FP32", [-1]), "b": ("FP32", [-1])})
     names = {"inputs": {"a": "x"}, "outputs": {"y": "c"}}
-    far = steps.V2(other.http, "double", inputs={"x": {"datatype": "FP32", "shape": [-1]}}, rename=names)
+    far = steps.V2(other.http, "double", inputs={"x": {"datatype": "FP32", "shape": [-1]}}, rename=names, **PATIENT)
     graph.to(far, name="far", outputs={"y": ("FP32", [-1])}).respond()
     plan = graph.compile()
     assert {"c"} == plan.outputs.keys()
@@ -215,7 +216,7 @@ def test_declared_tensors_are_held_against_the_metadata_at_load(url, options, te
     graph = Graph("g", inputs={"x": ("FP64", [-1]), "z": ("FP32", [-1])})
     if "inputs" not in options:
         graph = Graph("g", inputs=X)
-    graph.to(steps.V2(url, "double", **options), name="far").respond()
+    graph.to(steps.V2(url, "double", **PATIENT, **options), name="far").respond()
     graph.compile()  # needs no server
     with pytest.raises(StepFailed, match=text), graph.mock():
         pass
@@ -273,42 +274,46 @@ def test_a_grpc_server_that_speaks_no_grpc_is_a_clear_error(bad_server):
 
 
 def test_a_deadline_ends_the_call_here_and_there(other, url):
-    before = counted(other)
     with graph_of(url, "slow").mock() as server:
-        with pytest.raises(DeadlineExceeded):
-            server.infer(x=[1], timeout_s=1)
-        assert 0 == server.in_flight
-    assert {"begun": before["begun"] + 1, "cancelled": before["cancelled"] + 1} == eventually(other, before)
+        for timeout_s in (1, 2, 4, 8, 16, 32):
+            key = uuid4().hex
+            with pytest.raises(DeadlineExceeded):
+                server.infer(x=[1], id=key, timeout_s=timeout_s)
+            assert 0 == server.in_flight
+            if counted(other, key)["begun"]:  # else its time was up before it got there
+                break
+    assert {"begun": 1, "cancelled": 1} == counted_until(other, key, "cancelled")
 
 
 def test_a_caller_who_leaves_cancels_the_call_over_there(other, url):
-    before = counted(other)
+    key = uuid4().hex
 
     async def main():
         async with graph_of(url, "slow").mock() as server:
-            asked = asyncio.ensure_future(server.infer(x=[1]))
-            while (await asyncio.to_thread(counted, other))["begun"] == before["begun"]:
-                pass
+            asked = asyncio.ensure_future(server.infer(x=[1], id=key))
+            await asyncio.to_thread(counted_until, other, key, "begun")
             asked.cancel()
             await asyncio.wait([asked])
 
     asyncio.run(main())
-    assert {"begun": before["begun"] + 1, "cancelled": before["cancelled"] + 1} == eventually(other, before)
+    assert {"begun": 1, "cancelled": 1} == counted_until(other, key, "cancelled")
 
 
-def counted(other):
+def counted(other, key):
+    """Return how often a request of `slow` has begun over there, and was cancelled."""
     with graph_of(other.http, "count").mock() as server:
-        return {name: int(tensor[0]) for name, tensor in server.infer(x=[1]).outputs.items()}
+        return {name: int(tensor[0]) for name, tensor in server.infer(x=[1], id=key).outputs.items()}
 
 
-def eventually(other, before):
-    end = time.monotonic() + 10
-    while (now := counted(other))["cancelled"] == before["cancelled"] and time.monotonic() < end:
+def counted_until(other, key, name):
+    """Return the same, once it is true of the request, or has not become so."""
+    end = time.monotonic() + PATIENCE_S
+    while not (now := counted(other, key))[name] and time.monotonic() < end:
         pass
     return now
 
 
-def test_a_breaker_opens_and_closes(bad_server):
+def test_a_breaker_opens_and_closes(bad_server, manual_clock, run):
     broken = []
 
     def behave(connection):
@@ -319,26 +324,21 @@ def test_a_breaker_opens_and_closes(bad_server):
 
     place = bad_server(behave)
     broken.append(True)
-    with graph_of(place.url, circuit_breaker={"failures": 2, "open_ms": 100}).mock() as server:
-        for _ in range(2):
-            with pytest.raises(Unavailable, match="closed the connection"):
-                server.infer(x=[1])
-        with pytest.raises(Unavailable, match="circuit breaker is open"):
-            server.infer(x=[1])
-        assert 2 == place.requests
-        broken.clear()
-        assert [7] == closed_again(server)
-        assert [7] == server.infer(x=[1]).outputs["y"].tolist()
 
+    async def main():
+        async with graph_of(place.url, circuit_breaker={"failures": 2, "open_ms": 100}).mock() as server:
+            for _ in range(2):
+                with pytest.raises(Unavailable, match="closed the connection"):
+                    await server.infer(x=[1])
+            for _ in range(2):
+                with pytest.raises(Unavailable, match="circuit breaker is open"):
+                    await server.infer(x=[1])
+                await manual_clock.advance(0.06)
+            assert 2 == place.requests
+            broken.clear()
+            assert [[7], [7]] == [(await server.infer(x=[1])).outputs["y"].tolist() for _ in range(2)]
 
-def closed_again(server):
-    end = time.monotonic() + 10
-    while time.monotonic() < end:
-        try:
-            return server.infer(x=[1]).outputs["y"].tolist()
-        except Unavailable:
-            continue
-    raise AssertionError("it stayed open")
+    run(main())
 
 
 def test_the_next_address_is_tried_only_where_the_first_cannot_have_seen_the_request(bad_server, nobody):
@@ -390,7 +390,7 @@ def test_an_address_that_fails_is_left_alone_until_it_is_ready(bad_server):
         assert any(request.startswith(b"GET /v2/health/ready ") for request in ill.seen)
         sick.clear()
         healthy = ill.requests
-        end = time.monotonic() + 10
+        end = time.monotonic() + PATIENCE_S
         while ill.requests < healthy + 5 and time.monotonic() < end:
             server.infer(x=[1])
         assert ill.requests >= healthy + 5
