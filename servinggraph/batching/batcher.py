@@ -85,6 +85,9 @@ class Batcher:
         self._joined: set[asyncio.Task[Any]] = set()
         self._closed = False
         self._abandoned = False
+        # What a waiter has in place of its result that has failed.
+        self._failed_already: asyncio.Future[Any] = self._loop.create_future()
+        self._failed_already.set_result(None)
 
     def operation(self) -> Operation:
         """Return the batched operation; same contract as the one inside."""
@@ -154,7 +157,10 @@ class Batcher:
             self._start([waiter], arrived)
         else:
             self._put(waiter)
-        return result
+        try:
+            return result
+        finally:
+            del result  # one that a step has failed by now has the error, which holds this frame by its traceback
 
     async def close(self) -> None:
         """Refuse what is queued and new, and wait for the batches that run; they are abandoned when this is cancelled."""
@@ -448,3 +454,6 @@ class Batcher:
             self._gone(waiter, failure if there else None)
             if there:
                 waiter.result.set_exception(failure)
+                # The frames that the error holds by its traceback have the waiter: the tensors there would stay until a garbage
+                # collection.
+                waiter.result = self._failed_already
