@@ -148,9 +148,9 @@ async def closed(client: AIOKafkaConsumer | AIOKafkaProducer, timeout_s: float) 
     What a producer holds is dropped: whoever wants it written waits for that before. What is left is of a session that
     failed, whose records are read again.
     """
-    sender = getattr(client, "_sender", None)
-    if sender is not None and sender.sender_task is not None:
-        sender.sender_task.cancel()
+    sending = getattr(getattr(client, "_sender", None), "sender_task", None)
+    if sending is not None:
+        sending.cancel()
     stopping = asyncio.ensure_future(client.stop())
     done, _ = await asyncio.wait({stopping}, timeout=timeout_s)
     if not stopping.done():
@@ -161,6 +161,8 @@ async def closed(client: AIOKafkaConsumer | AIOKafkaProducer, timeout_s: float) 
         stopping.exception()  # whatever it is: the client is gone
     if isinstance(client, AIOKafkaProducer):
         _drop(client._message_accumulator)  # noqa: SLF001  (no public way)
+    if sending is not None and sending.done() and not sending.cancelled():
+        sending.exception()  # whoever wrote has been told
     return bool(done)
 
 

@@ -5,13 +5,27 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
-__all__ = ["Fenced", "Pulse"]
+__all__ = ["Dropped", "Fenced", "Pulse"]
 
 _BEAT_S: Final = 0.25
 
 
 class Fenced(Exception):
     """This member was not heard of for so long that its partitions may belong to another by now."""
+
+
+class Dropped(Fenced):
+    """A member with a name is not in its group any more.
+
+    Args:
+        member: its name.
+    """
+
+    def __init__(self, member: str) -> None:
+        super().__init__(
+            f"the group dropped member '{member}': another one has joined as 'input.member: {member}', where each replica "
+            "needs a name of its own (${HOSTNAME}), or nothing was heard of this one for 'input.session_timeout_ms'"
+        )
 
 
 class Pulse:

@@ -15,7 +15,7 @@ from servinggraph.protocols.kafka.budget import Budget
 from servinggraph.protocols.kafka.clients import closed
 from servinggraph.protocols.kafka.cloudevents import ID
 from servinggraph.protocols.kafka.delivery import AtLeastOnce, AtMostOnce, Delivery, NotWritten
-from servinggraph.protocols.kafka.pulse import Fenced, Pulse
+from servinggraph.protocols.kafka.pulse import Dropped, Fenced, Pulse
 from servinggraph.protocols.kafka.records import Outgoing, Partition, Record, Work
 from servinggraph.protocols.kafka.replies import ReplyTopics
 from servinggraph.protocols.kafka.runner import Runner
@@ -235,17 +235,24 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
         await self.delivery.deliver(work, outgoing)
 
     async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
-        """Finish or abandon what runs, commit, and let go; called by the consumer before a rebalance."""
+        """Finish or abandon what runs, commit, and let go; called by the consumer before a rebalance.
+
+        Raises:
+            asyncio.CancelledError: this member may not join again before the next session.
+        """
+        # A member that the group dropped already may not write; its generation is gone.
+        lost = self.joined and self.consumer._coordinator.generation < 0  # noqa: SLF001  (no public way to ask)
         self.joined = False
         self._settled.clear()
-        if not self.partitions:
-            return
-        # A member that the group dropped already may not write; its generation is gone.
-        lost = self.consumer._coordinator.generation < 0  # noqa: SLF001  (no public way to ask)
         try:
-            await self._give_up(0 if lost else self._options.input.revoke_ms / 1e3)
+            if self.partitions:
+                await self._give_up(0 if lost else self._options.input.revoke_ms / 1e3)
         except Exception as error:  # aiokafka would only log it
             self._fail(error)
+        if lost and (member := self._options.input.member):
+            # Two of one name take it from each other, at each heartbeat, and each answers again what the other did not commit.
+            self._fail(Dropped(member))
+            raise asyncio.CancelledError  # ends aiokafka's coordination, which would join at once
 
     async def _give_up(self, grace_s: float) -> None:
         """Let go of all partitions within a time; with none, whatever runs is abandoned."""
@@ -312,4 +319,4 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
         self._counts.rebalances += 1
         self.joined = True
         self._settled.set()
-        self._stream.changed("")
+        self._stream.began()

@@ -8,7 +8,13 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer
-from aiokafka.errors import IllegalStateError, KafkaConnectionError, KafkaError, RequestTimedOutError
+from aiokafka.errors import (
+    IllegalStateError,
+    KafkaConnectionError,
+    KafkaError,
+    RequestTimedOutError,
+    TopicAuthorizationFailedError,
+)
 
 from servinggraph.guards import backoff_s
 from servinggraph.kafka import KafkaOptions
@@ -18,6 +24,7 @@ from servinggraph.protocols.kafka.clients import Clients, answers, has_topic
 from servinggraph.protocols.kafka.delivery import NotWritten
 from servinggraph.protocols.kafka.exchange import Exchange
 from servinggraph.protocols.kafka.failures import TopicMissing, is_expected, verdict_on, words_for
+from servinggraph.protocols.kafka.pulse import Dropped
 from servinggraph.protocols.kafka.recent import Recent
 from servinggraph.protocols.kafka.records import Place, Verdict
 from servinggraph.protocols.kafka.report import Counts
@@ -71,6 +78,7 @@ class Stream:
         self.recent = Recent(options.duplicates)
         self.stop_by = 0.0
         self.lag: int | None = None
+        self._unwritten = False
         self._notice = notice
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
@@ -102,6 +110,8 @@ class Stream:
                 if self._failed(error):
                     failures = 1  # known, and done with: nobody has to wait for long because of it
                 pause = backoff_s(failures, _FIRST_S, _MOST_S, jitter=True)
+                if isinstance(error, Dropped):  # the other one of its name has just come: it may do something meanwhile
+                    pause += self.options.input.session_timeout_ms / 1e3
                 self.counts.reconnects += 1
                 try:
                     await asyncio.wait_for(self._stop.wait(), pause)
@@ -126,7 +136,16 @@ class Stream:
             level = logging.WARNING if expected else logging.ERROR
             logger.log(level, "graph '%s', Kafka: %s; trying again", self.graph, state, exc_info=None if expected else error)
         self.changed(state)
+        self._unwritten = isinstance(error, NotWritten) and verdict is None
         return verdict is not None
+
+    def began(self) -> None:
+        """Note that a session has its partitions.
+
+        One after a record that could not be written has to last first: it is likely to end on the same one at once.
+        """
+        if not self._unwritten:
+            self.changed("")
 
     def changed(self, state: str) -> None:
         """Note a change of the state; empty for one in which records are read."""
@@ -139,14 +158,18 @@ class Stream:
         """Find out before anything is read whether all topics are there.
 
         Raises:
-            TopicMissing: one is not.
+            TopicMissing: one is not, or nothing of it may be known.
             RequestTimedOutError: the brokers do not say.
         """
         options = self.options
         needed = [(topic, "to be read") for topic in options.input.topics]
         needed += [(options.output.topic or "", "for answers"), (options.errors.topic or "", "for dead letters")]
         for topic, use in needed:
-            there = not topic or await has_topic(consumer, topic, _TOPIC_S)
+            try:
+                there = not topic or await has_topic(consumer, topic, _TOPIC_S)
+            except TopicAuthorizationFailedError as error:
+                text = f"topic '{topic}' ({use}) may not be used: {self.clients.brokers} gives no rights on it"
+                raise TopicMissing(text) from error
             if there is None:
                 raise RequestTimedOutError(f"no word whether there is a topic '{topic}' ({use})")
             if not there:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError, ProducerFenced
+from aiokafka.errors import IllegalOperation, KafkaError, ProducerFenced
 
 from servinggraph.protocols.kafka.clients import closed
 from servinggraph.protocols.kafka.delivery import Delivery, NotWritten, cause_of
@@ -131,6 +131,7 @@ class _Writer:
             self._task.cancel()
             await asyncio.wait({self._task})
         if self._in_transaction:
+            self._producer._txn_manager.wait_for_transaction_end().add_done_callback(_seen)  # noqa: SLF001  (as below)
             try:
                 await asyncio.wait_for(self._producer.abort_transaction(), _CLOSE_S)
             except Exception as error:
@@ -160,6 +161,8 @@ class _Writer:
         """
         producer = self._producer
         await producer.begin_transaction()
+        # How a transaction fails is told by its records as well; of this future nobody hears then.
+        producer._txn_manager.wait_for_transaction_end().add_done_callback(_seen)  # noqa: SLF001  (no public way)
         self._in_transaction = True
         passed = 0
         written: list[tuple[Work, Outgoing]] = []
@@ -173,7 +176,11 @@ class _Writer:
                     self._delivery.forget(work)
                     continue
                 written.append((work, outgoing))
-                acknowledged.append(await self._write(work, outgoing))
+                try:
+                    acknowledged.append(await self._write(work, outgoing))
+                except IllegalOperation:  # the transaction is over, because an earlier record was refused
+                    await _all_taken(written[:-1], acknowledged)
+                    raise
             left = end - self._loop.time()
             if passed >= self._options.records or self._hurry or left <= 0:
                 break
@@ -183,13 +190,7 @@ class _Writer:
             except TimeoutError:
                 break
         # aiokafka would commit a transaction of which a record was refused.
-        for (sent, record), future in zip(written, acknowledged, strict=True):
-            try:
-                await future
-            except ProducerFenced:
-                raise
-            except KafkaError as error:
-                raise NotWritten(sent, record, error) from error
+        await _all_taken(written, acknowledged)
         place, position = self._partition.place, work.record.offset + 1
         await producer.send_offsets_to_transaction({place: position}, self._group)
         await producer.commit_transaction()
@@ -214,6 +215,22 @@ class _Writer:
             raise NotWritten(work, outgoing, cause) from cause
         future.add_done_callback(_seen)
         return future
+
+
+async def _all_taken(written: Sequence[tuple[Work, Outgoing]], acknowledged: Sequence[asyncio.Future[Any]]) -> None:
+    """Wait until the broker has taken records.
+
+    Raises:
+        NotWritten: it did not take one.
+        ProducerFenced: their partition is another member's.
+    """
+    for (work, outgoing), future in zip(written, acknowledged, strict=True):
+        try:
+            await future
+        except ProducerFenced:
+            raise
+        except KafkaError as error:
+            raise NotWritten(work, outgoing, error) from error
 
 
 def _seen(future: asyncio.Future[Any]) -> None:

@@ -100,6 +100,28 @@ async def test_a_member_with_a_name_comes_back_without_a_rebalance_for_the_other
             assert before == first.report["rebalances"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("delivery", ["at_least_once", "exactly_once"])
+async def test_two_members_of_one_name_are_told_so_and_do_not_take_turns_at_each_heartbeat(kit, delivery):
+    """As replicas are whose file says the name itself: else each answers again and again what the other has not committed."""
+    kafka = await kit.options(partitions=2, delivery=delivery, input={"member": "a", "session_timeout_ms": 2000})
+
+    def dropped(served):
+        return served.report["state"].startswith("the group dropped member 'a': another one has joined as 'input.member: a'")
+
+    async with kit.serve(double, kafka) as first:
+        async with kit.serve(double, kafka) as second:
+            await until(lambda: dropped(first) or dropped(second), lambda: f"{first.report} {second.report}")
+            await until(lambda: first.report["ready"] or second.report["ready"])
+            await kit.send(first.input, body(1))
+            await kit.read(first.output, 1)
+        await first.ready()
+        await kit.send(first.input, body(2))
+        answers = await kit.read(first.output, 2)
+
+    assert {2.0, 4.0} == set(numbers(answers))
+
+
 async def test_a_member_that_stood_still_for_longer_than_its_group_waits_writes_nothing_more(kit):
     """The group has given its partition away meanwhile, and the record was answered by another."""
     patient = await kit.options()

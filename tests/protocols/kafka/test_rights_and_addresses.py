@@ -40,14 +40,17 @@ def guarded(tmp_path_factory):
         cluster.stop()
 
 
-def forbid(broker, topic, operation):
+def forbid(broker, topic, operation, permission=AclPermissionType.DENY):
     """Take a right on a topic from everybody."""
-    right = AclBinding(
-        ResourceType.TOPIC, topic, ResourcePatternType.LITERAL, "User:ANONYMOUS", "*", operation, AclPermissionType.DENY
-    )
+    right = AclBinding(ResourceType.TOPIC, topic, ResourcePatternType.LITERAL, "User:ANONYMOUS", "*", operation, permission)
     admin = AdminClient({"bootstrap.servers": broker.address})
     for made in admin.create_acls([right]).values():
         made.result(20)
+
+
+def allow(broker, topic, operation):
+    """Give everybody a right on a topic, and none besides those that are given."""
+    forbid(broker, topic, operation, AclPermissionType.ALLOW)
 
 
 @pytest.mark.parametrize("operation", [AclOperation.ALL, AclOperation.WRITE])
@@ -64,6 +67,36 @@ async def test_a_reply_topic_that_may_not_be_used_is_a_dead_letter_and_ends_noth
 
     assert "invalid_request" == header(letter, "x-dead-error")
     assert replies in header(letter, "x-dead-message")
+
+
+@pytest.mark.parametrize("delivery", ["at_least_once", "exactly_once"])
+async def test_dead_letters_that_may_not_be_written_stop_it_with_one_line_until_they_may(guarded, tmp_path, caplog, delivery):
+    caplog.set_level("INFO", "servinggraph.kafka")
+    kit = Kit(guarded, tmp_path)
+    kafka = await kit.options(delivery=delivery)
+    async with kit.serve(double, kafka) as served:
+        allow(guarded, served.dead, AclOperation.READ)
+        caplog.clear()
+        await kit.send(served.input, b"{", body(2))
+        await until(lambda: served.report["reconnects"] >= 4, lambda: served.report)
+        (line,) = caplog.messages
+        allow(guarded, served.dead, AclOperation.WRITE)
+        (letter,) = await kit.read(served.dead, 1, quiet_s=0)
+        assert [4.0] == values((await kit.read(served.output, 1))[0])
+        await served.ready()
+
+    assert f"topic '{served.dead}'" in line
+    assert "stopped, because dead letters cannot be written and none may be lost" in line
+    assert b"{" == letter.value
+
+
+async def test_a_topic_of_which_nothing_may_be_known_is_said(guarded, tmp_path):
+    kit = Kit(guarded, tmp_path)
+    kafka = await kit.options()
+    forbid(guarded, kafka["output"]["topic"], AclOperation.ALL)
+    async with kit.serve(double, kafka, ready=False) as served:
+        said = f"topic '{served.output}' (for answers) may not be used: {guarded.address} gives no rights on it"
+        await until(lambda: served.report["state"] == said, lambda: served.report)
 
 
 class Door:
