@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 import click
 
-from servinggraph.cli.params import SECONDS
+from servinggraph.cli.params import SECONDS, headers_from
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,6 +31,7 @@ _PERCENTILES = (50, 90, 95, 99, 99.9)
 @click.option("--content-type", help="With --body, its content type; by default JSON, or what the file's name says.")
 @click.option("--rows", type=click.IntRange(1), default=1, show_default=True, help="Rows of random tensors.")
 @click.option("--model-version", default="", help="By default the server's choice.")
+@click.option("--header", "headers", multiple=True, metavar="NAME=VALUE", help="A header of each request (gRPC: metadata).")
 @click.option(
     "-c", "--connections", type=click.IntRange(1, 4096), default=32, show_default=True, help="Requests at the same time."
 )
@@ -54,6 +55,7 @@ def bench(
     content_type: str | None,
     rows: int,
     model_version: str,
+    headers: tuple[str, ...],
     connections: int,
     seconds: float,
     warmup: float,
@@ -79,6 +81,7 @@ def bench(
 
     if plot is not None:
         _see_to_plot(plot)  # a load may take long, and what it found must not be lost
+    sent = headers_from(headers)
     target = Target(url, timeout_s)
     with closing(target):
         try:
@@ -86,22 +89,22 @@ def bench(
                 if inputs or target.is_grpc:
                     raise click.UsageError("--body goes over HTTP and without --input")
                 what: Mapping[str, Array] | Body = Body(*read_body(body, content_type))
-                status, text = ask_with_body(target.url, model, model_version, body, content_type, {}, timeout_s)
+                status, text = ask_with_body(target.url, model, model_version, body, content_type, sent, timeout_s)
                 if status >= 400:
                     raise OSError(f"[{status}] {text}")
             else:
-                takes, _ = target.metadata(model, model_version)
+                takes, _ = target.metadata(model, model_version, sent)
                 if not takes:
                     raise click.UsageError(f"model '{model}' takes no tensors: give it a --body")
                 what = random_tensors(takes, rows) | tensors_from(inputs, takes)
-                target.infer(model, model_version, what)  # what fails for one fails for all
+                target.infer(model, model_version, what, headers=sent)  # what fails for one fails for all
         except click.UsageError:
             raise
         except Exception as error:
             click.echo(f"{url} {model}: {failure(error)}", err=True)
             sys.exit(1)
     with Progress(warmup + seconds, hidden=as_json or not sys.stderr.isatty()) as tick:
-        outcome = asyncio.run(run_load(target, model, model_version, what, connections, warmup, seconds, rate, tick))
+        outcome = asyncio.run(run_load(target, model, model_version, what, sent, connections, warmup, seconds, rate, tick))
     if as_json:
         click.echo(orjson.dumps(_document(outcome)))
     else:

@@ -35,6 +35,13 @@ nodes:
   count: {step: python, call: "asking_steps:count"}
 answer: count
 """
+GUARDED = """\
+graph: guarded
+inputs: {x: {datatype: FP32, shape: [-1, 2]}}
+nodes:
+  look: {step: python, call: "asking_steps:Guarded"}
+answer: look
+"""
 STEPS = """\
 import numpy as np
 from servinggraph import InvalidRequest
@@ -46,14 +53,20 @@ def twice(value):
 
 def count(body):
     return {"count": len(body)}
+
+class Guarded:
+    def __call__(self, value, context):
+        if context.headers.get("authorization") != "Bearer secret":
+            raise InvalidRequest("who are you")
+        return {"y": value["x"]}
 """
 
 
 @pytest.fixture(scope="module")
 def urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Addresses of a server with two graphs, by protocol."""
+    """Addresses of a server with some graphs, by protocol."""
     folder = tmp_path_factory.mktemp("served")
-    for name, text in {"double": DOUBLE, "body": BODY}.items():
+    for name, text in {"double": DOUBLE, "body": BODY, "guarded": GUARDED}.items():
         (folder / name).mkdir()
         (folder / name / "graph.yaml").write_text(text)
         (folder / name / "asking_steps.py").write_text(STEPS)
@@ -223,6 +236,15 @@ def test_a_load_of_bodies(urls: dict[str, str]) -> None:
     done = run("bench", urls["http"], "nobody", "--body", "[1, 2]", "-d", 0.2)
     assert (1, True) == (done.exit_code, "[404]" in done.output)
     assert 2 == run("bench", urls["grpc"], "body", "--body", "[1, 2]").exit_code
+
+
+@pytest.mark.parametrize("scheme", ["http", "grpc"])
+def test_headers_go_along_with_each_request_of_a_load(urls: dict[str, str], scheme: str) -> None:
+    done = run("bench", urls[scheme], "guarded", "-d", 0.2, "--warmup", 0)
+    assert (1, True) == (done.exit_code, "who are you" in done.output), done.output
+    sent = ("--header", "Authorization=Bearer secret")
+    done = run("bench", urls[scheme], "guarded", "-c", 2, "-d", 1, "--warmup", 0, "--json", *sent)
+    assert (0, {}) == (done.exit_code, json.loads(done.output)["errors"]), done.output
 
 
 def test_a_load_that_fails_says_with_what(urls: dict[str, str]) -> None:

@@ -53,6 +53,7 @@ async def run_load(
     model: str,
     version: str,
     what: Mapping[str, Array] | Body,
+    headers: Mapping[str, str],
     connections: int,
     warmup_s: float,
     seconds: float,
@@ -66,6 +67,7 @@ async def run_load(
         model: what is asked.
         version: its version; empty for the server's choice.
         what: what each request holds, tensors or a body (over HTTP only).
+        headers: headers of each request (gRPC: metadata).
         connections: requests at the same time.
         warmup_s: seconds before the measurement.
         seconds: seconds of the measurement.
@@ -75,7 +77,7 @@ async def run_load(
     outcome = Outcome()
     async with AsyncExitStack() as stack:
         make = _over_grpc if target.is_grpc else _over_http
-        ask = await make(stack, target, model, version, what, connections)
+        ask = await make(stack, target, model, version, what, target.headers(headers), connections)
         clock = time.perf_counter
         begin = clock() + warmup_s
         end = begin + seconds
@@ -127,7 +129,13 @@ class _due:  # noqa: N801  (an iterator that reads as a call)
 
 
 async def _over_http(
-    stack: AsyncExitStack, target: Target, model: str, version: str, what: Mapping[str, Array] | Body, connections: int
+    stack: AsyncExitStack,
+    target: Target,
+    model: str,
+    version: str,
+    what: Mapping[str, Array] | Body,
+    more: Mapping[str, str],
+    connections: int,
 ) -> Ask:
     """Return what sends one request over HTTP: the same bytes each time, made once."""
     try:
@@ -145,13 +153,13 @@ async def _over_http(
         aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=connections),
             timeout=aiohttp.ClientTimeout(total=target.timeout_s),
-            headers=headers,
+            headers={**headers, **more},
         )
     )
 
     async def ask() -> str | None:
         try:
-            async with session.post(place, data=body) as answer:
+            async with session.post(place, data=body, allow_redirects=False) as answer:
                 content = await answer.read()
         except (OSError, aiohttp.ClientError, TimeoutError) as error:
             return failure(error)
@@ -161,7 +169,13 @@ async def _over_http(
 
 
 async def _over_grpc(
-    stack: AsyncExitStack, target: Target, model: str, version: str, what: Mapping[str, Array] | Body, connections: int
+    stack: AsyncExitStack,
+    target: Target,
+    model: str,
+    version: str,
+    what: Mapping[str, Array] | Body,
+    more: Mapping[str, str],
+    connections: int,
 ) -> Ask:
     """Return what sends one request over gRPC."""
     import tritonclient.grpc.aio as library
@@ -173,7 +187,7 @@ async def _over_grpc(
 
     async def ask() -> str | None:
         try:
-            await client.infer(model, inputs, model_version=version, client_timeout=target.timeout_s)
+            await client.infer(model, inputs, model_version=version, client_timeout=target.timeout_s, headers=dict(more))
         except Exception as error:
             return failure(error)
         return None

@@ -99,7 +99,7 @@ class Target:
         """
         # Its deadline: gRPC has none of its own.
         more: dict[str, Any] = {"as_json": True, "client_timeout": self.timeout_s} if self.is_grpc else {}
-        found = self.client.get_model_metadata(model, version, headers=self._headers(headers), **more)
+        found = self.client.get_model_metadata(model, version, headers=self.headers(headers), **more)
         try:
             return _tensors(found.get("inputs", [])), _tensors(found.get("outputs", []))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -125,7 +125,7 @@ class Target:
             model_version=version,
             outputs=wanted or None,
             request_id=id,
-            headers=self._headers(headers),
+            headers=self.headers(headers),
             parameters=dict(parameters or {}),
             **timing,
         )
@@ -139,8 +139,8 @@ class Target:
             {name: result.as_numpy(name) for name in names}, given, document.get("model_version", ""), document.get("id", "")
         )
 
-    def _headers(self, headers: Mapping[str, str] | None) -> dict[str, str]:
-        # Names of metadata are in lower case, or gRPC refuses them.
+    def headers(self, headers: Mapping[str, str] | None) -> dict[str, str]:
+        """Return headers as the protocol takes them: names of metadata are in lower case, or gRPC refuses them."""
         return {name.lower() if self.is_grpc else name: value for name, value in (headers or {}).items()}
 
     def tensors(self, inputs: Mapping[str, Array], library: ModuleType | None = None) -> list[Any]:
