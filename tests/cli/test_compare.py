@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -25,7 +26,7 @@ nodes:
   score:
     router: champion
     champion: old
-    shadow: {max_loop_share: 1}  # a busy machine must not look like a challenger that holds the event loop
+    shadow: {max_loop_share: 1, timeout_ms: 60000}  # a busy machine must not look like a challenger that is slow
     branches:
       old: {step: python, call: compare_test_steps:old}
       new: {step: python, call: compare_test_steps:new}
@@ -40,10 +41,9 @@ def bad(value): raise ValueError("out of memory")
 """
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    """Return the address of a server that has answered some requests."""
-    folder = tmp_path_factory.mktemp("compare")
+@contextmanager
+def serving(folder):
+    """Run a server that has answered some requests; gives its address."""
     (folder / "graph.yaml").write_text(GRAPH)
     (folder / "compare_test_steps.py").write_text(STEPS)
     command = [sys.executable, "-m", "servinggraph", "serve", "graph.yaml", "--http-port", "0", "--grpc-port", "off"]
@@ -64,6 +64,13 @@ def address(tmp_path_factory):
     finally:
         process.terminate()
         process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """Return the address of a server that has answered some requests."""
+    with serving(tmp_path_factory.mktemp("compare")) as url:
+        yield url
 
 
 def copies_ended(url):
@@ -121,14 +128,15 @@ def test_a_wrong_token_and_a_server_that_is_not_there_are_one_sentence(address):
     assert "is no address of a server" in run("localhost:8080", "test", "score").output
 
 
-def test_promotion_names_who_and_why(address):
-    done = run(address, "test", "score", "--promote", "new", "--who", "ann", "--why", "as good, and smaller")
-    assert (0, True) == (done.exit_code, done.output.endswith("champion is new now\n"))
-    audit = Request(f"{address}/admin/audit", headers={"authorization": "Bearer secret"})
-    with urlopen(audit, timeout=30) as response:
-        (change,) = json.load(response)
+def test_promotion_names_who_and_why(tmp_path):
+    with serving(tmp_path) as address:
+        done = run(address, "test", "score", "--promote", "new", "--who", "ann", "--why", "as good, and smaller")
+        assert (0, True) == (done.exit_code, done.output.endswith("champion is new now\n"))
+        audit = Request(f"{address}/admin/audit", headers={"authorization": "Bearer secret"})
+        with urlopen(audit, timeout=30) as response:
+            (change,) = json.load(response)
+        done = run(address, "test", "score", "--promote", "nwe")
     assert ("ann", "as good, and smaller", "new") == (change["who"], change["why"], change["after"]["champion"])
-    done = run(address, "test", "score", "--promote", "nwe")
     assert (1, True) == (done.exit_code, "'nwe', which is no branch; did you mean 'new'" in done.output)
 
 

@@ -20,7 +20,7 @@ from servinggraph.protocols.grpc.server import GrpcFrontEnd
 from servinggraph.protocols.http.server import HttpFrontEnd
 from servinggraph.server import new_event_loop
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 class Answer(NamedTuple):

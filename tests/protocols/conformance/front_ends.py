@@ -375,7 +375,7 @@ class Kafka:
         await front_end.start()
         try:
             async with KafkaWire(self.broker.address, topic, replies) as wire:
-                async with asyncio.timeout(30):
+                async with asyncio.timeout(60):
                     while not serving.catalog.ready:
                         await asyncio.sleep(0.005)
                 in_flight = lambda: serving.admission.in_flight  # noqa: E731

@@ -58,7 +58,7 @@ async def all_of(answers):
 
 
 async def eventually(condition):
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.002)
 

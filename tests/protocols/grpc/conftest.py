@@ -83,7 +83,7 @@ def eventually():
     """Return what waits for a condition on the test's event loop."""
 
     async def wait(condition):
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not condition():
                 await asyncio.sleep(0.001)
 

@@ -51,7 +51,7 @@ async def test_watch_tells_of_every_change_once(live):
         server.serving.catalog.draining = True
         assert [NOT_SERVING] * 3 == [(await call.read()).status for call in (all_of_it, mine, later)]
         stopping = asyncio.ensure_future(server.front_end.stop(60))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             for call in (all_of_it, mine, later):
                 assert grpc.aio.EOF is await call.read()
             await stopping

@@ -40,7 +40,7 @@ async def exchange(server, *requests, **options):
     for request in requests:
         await call.write(request)
     await call.done_writing()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         return await items(call)
 
 
@@ -418,7 +418,7 @@ async def test_a_stop_finishes_what_is_in_flight_and_then_ends_open_streams(live
         assert [1.0, 2.0] == server.numbers((await busy.read()).infer_response)
         with pytest.raises(grpc.aio.AioRpcError, match="the server is shutting down"):
             await busy.read()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await stopping
 
 

@@ -21,5 +21,5 @@ def test_readers_that_are_slow_stall_or_vanish_leave_nothing_behind():
         assert [0, 0, 0, 0] == [seen[name] for name in ("pending", "slots", "requests", "tasks")]
         assert 60 >= seen["begun"] > 40
         assert seen["most of one stream"] < 10_000  # of 2**30: a reader that stalls stops its generator
-    assert second["after MiB"] - first["after MiB"] < 2
+    assert second["after MiB"] - first["after MiB"] < 4
     assert second["peak MiB"] - first["peak MiB"] < 60 * 0.25
