@@ -16,16 +16,10 @@ from typing import Any
 from servinggraph.batching.members import Departures, SharedContext, Stamps, Waiter, awaited, count_answers, end_work
 from servinggraph.batching.pieces import run_in_pieces
 from servinggraph.batching.queue import BatchQueue
-from servinggraph.batching.rows import group_key, join, pad, rows_of_result, slice_rows, why_bad_errors
+from servinggraph.batching.rows import group_key, join, pad, rows_of_result, why_bad_errors
+from servinggraph.batching.shares import expired, own_error, shares
 from servinggraph.context import Context, current_context
-from servinggraph.errors import (
-    DeadlineExceeded,
-    InvalidRequest,
-    LimitExceeded,
-    ServingGraphError,
-    StepFailed,
-    Unavailable,
-)
+from servinggraph.errors import InvalidRequest, LimitExceeded, ServingGraphError, StepFailed, Unavailable
 from servinggraph.interfaces import BatchPolicy, Operation, RowErrors
 from servinggraph.statistics import NodeStatistics, code_of, is_late
 from servinggraph.tensors import Array, row_count
@@ -124,7 +118,7 @@ class Batcher:
         result = self._loop.create_future()
         if self._closed:
             self._statistics.failed(0, Unavailable.code.value)
-            result.set_exception(self._error(Unavailable("is shutting down")))
+            result.set_exception(own_error(Unavailable("is shutting down"), self._name))
             return result
         try:
             if self._admit is not None:
@@ -251,7 +245,7 @@ class Batcher:
         """Start every batch that is due, and plan the next look."""
         queue = self._queue
         for member in queue.expire(now):
-            self._refuse(member, now)
+            self._fail([member], expired(member, now, self._policy))
         while self._running < self._instances:
             batch = queue.take(now)
             if not batch:
@@ -267,14 +261,6 @@ class Batcher:
             # A timer that is too early stays: with time limits far away nearly every one would be set in vain.
             if moment is not None and moment < self._timer_at:
                 self._set_timer(moment)
-
-    def _refuse(self, waiter: Waiter, now: float) -> None:
-        if waiter.deadline is not None and waiter.deadline <= now:
-            error: ServingGraphError = DeadlineExceeded("Request timeout expired while it waited for a batch")
-        else:
-            limit = f"limit 'batch.queue_timeout_ms' = {self._policy.queue_timeout_ms:g}"
-            error = Unavailable(f"Request timeout expired: it waited for a batch too long ({limit})")
-        self._fail([waiter], error)
 
     def _start(self, batch: list[Waiter], began: int) -> None:
         single = len(batch) == 1
@@ -367,16 +353,7 @@ class Batcher:
                 else:
                     self._gone(batch[0])
                 return
-            start = 0
-            parts: list[Any] = []
-            for waiter in batch if reason is None else ():
-                stop = start + waiter.rows
-                bad = next((row for row in range(start, stop) if row in errors), None) if errors else None
-                if bad is None:
-                    parts.append(slice_rows(result, start, stop))
-                else:
-                    parts.append(self._row_error(waiter.first_row + bad - start, errors[bad]))
-                start = stop
+            parts = shares(batch, result, errors, self._name) if reason is None else []
         except Exception as error:  # a result that only looks like a mapping of arrays
             self._failed(batch, error)
             return
@@ -411,20 +388,6 @@ class Batcher:
             code = code_of(error, late=is_late(waiter.deadline, self._loop.time()))
             self._statistics.failed(perf_counter_ns() - waiter.arrived, code)
 
-    def _row_error(self, row: int, reason: str | BaseException) -> ServingGraphError:
-        if isinstance(reason, BaseException):
-            return self._error(reason, f"row {row}: ")
-        return StepFailed(f"row {row}: {reason}").at(self._name)
-
-    def _error(self, error: BaseException, place: str = "") -> ServingGraphError:
-        """Return a failure as an error that one caller alone may raise.
-
-        One object raised in several tasks would collect all their tracebacks.
-        """
-        if isinstance(error, ServingGraphError):
-            return error.copy().at(self._name)
-        return StepFailed.because_of(error, place).at(self._name)
-
     def _failed(self, batch: list[Waiter], error: BaseException) -> None:
         """Answer a batch whose run failed: run members again alone, or fail them all."""
         self._freed()
@@ -450,7 +413,7 @@ class Batcher:
     def _fail(self, batch: list[Waiter], error: BaseException) -> None:
         for waiter in batch:
             there = not waiter.result.done()
-            failure = self._error(error)
+            failure = own_error(error, self._name)
             self._gone(waiter, failure if there else None)
             if there:
                 waiter.result.set_exception(failure)
