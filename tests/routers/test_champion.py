@@ -390,7 +390,8 @@ def test_a_challenger_with_a_full_queue_drops(run, manual_clock, queue):
         challenger = FakeModel({"y": X}, delay_s=1)
         graph = Graph("g", {"x": ("FP32", [-1])})
         branches = {"old": same, "new": routers.Chain({"model": challenger}, **queue)}
-        async with graph.to(routers.Champion(branches, "old"), "test").respond().mock() as server:
+        champion = routers.Champion(branches, "old", shadow={"max_loop_share": 1.0})
+        async with graph.to(champion, "test").respond().mock() as server:
             for _ in range(4):
                 await server.infer(x=X)
             await manual_clock.settle()
