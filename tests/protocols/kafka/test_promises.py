@@ -38,11 +38,13 @@ def echo(value):
 async def killed_in_the_middle(kit, kafka, count):
     """Serve `count` records from a process that is killed twice meanwhile; return all answers."""
     process = await kit.process(kafka, "linger")
-    await kit.send(kafka["input"]["topics"][0], *requests(0, count))
+    later = count * 9 // 10
+    await kit.send(kafka["input"]["topics"][0], *requests(0, later))
     for share in (0.2, 0.5):
         await kit.read(kafka["output"]["topic"], int(count * share), quiet_s=0)
         process.kill()
         process.start()
+    await kit.send(kafka["input"]["topics"][0], *requests(later, count))  # whose answers only the last one can give
     end = asyncio.get_running_loop().time() + here.PATIENCE_S
     read = count
     while True:  # some of them may have come twice
