@@ -237,7 +237,8 @@ def test_a_deadline_in_a_header_or_in_the_request_ends_the_run(http_server, held
         ({"X-Request-Timeout-Ms": "60000"}, {"timeout": 20_000}),
     ):
         answer = server.post(GRAPH, {**body, "parameters": parameters}, headers)
-        assert (504, "Request timeout expired") == (answer.status, answer.error)
+        assert 504 == answer.status
+        assert answer.error in ("Request timeout expired", "node 'held': Request timeout expired before it ran")
     until(lambda: server.in_flight == 0)
 
     assert held.calls

@@ -316,7 +316,7 @@ def test_a_deadline_ends_a_stream_with_an_event(http_server, until):
     events = reader.rest()
     reader.close()
 
-    assert (1, "Request timeout expired") == (events[0]["y"], events[1]["error"])
+    assert (1, True) == (events[0]["y"], "Request timeout expired" in events[1]["error"])
     until(lambda: len(ended) == len(begun) and server.in_flight == 0)
 
 
