@@ -248,7 +248,7 @@ async def test_a_reply_topic_that_the_brokers_say_nothing_of_is_looked_up_again(
         kit.broker.pause()
         try:
             gate.set()
-            await until(lambda: served.report["retries"] == 1)
+            await until(lambda: served.report["retries"] >= 1)
         finally:
             kit.broker.resume()
         assert [2.0] == [values(reply)[0] for reply in await kit.read(replies, 1)]
