@@ -118,6 +118,7 @@ class TopicWriter:
                 sent: asyncio.Future[Any] = await producer.send(
                     options.topic, record.value, key=record.key, headers=list(record.headers.items())
                 )
+                sent.add_done_callback(_seen)
                 return sent
         except (KafkaError, TimeoutError) as error:
             raise self._failure(error, len(record.value)) from error
@@ -164,6 +165,7 @@ class TopicWriter:
         while self._producer is None:
             if self._connecting is None:
                 self._connecting = asyncio.get_running_loop().create_task(self._connect(), name="kafka-connect")
+                self._connecting.add_done_callback(_seen)
             connecting = self._connecting
             try:
                 # A request whose time is up, or that is cancelled, leaves the connection to those that come after it.
@@ -211,6 +213,12 @@ class TopicWriter:
         if self._producer is not None:
             await closed(self._producer, _CLOSE_S)
         await asyncio.gather(*self._ending)
+
+
+def _seen(outcome: asyncio.Future[Any]) -> None:
+    """Look at an outcome: whoever asked for it may have left meanwhile."""
+    if not outcome.cancelled():
+        outcome.exception()
 
 
 def record_headers(context: Context, id: str, wanted: list[str], own: Mapping[str, bytes], node: str) -> dict[str, bytes]:

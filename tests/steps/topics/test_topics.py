@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 
 import numpy as np
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.errors import KafkaConnectionError
 from aiokafka.partitioner import DefaultPartitioner
 
 from servinggraph import Graph
@@ -244,6 +246,29 @@ async def test_a_connection_that_takes_longer_than_a_request_may_wait_is_there_f
         await until_written(server, 2.0)
 
     assert 1 == len(begun)
+
+
+async def test_a_connection_that_fails_once_nobody_waits_for_it_is_begun_anew(kafka, monkeypatch, caplog):
+    topic, fail, failed = await kafka.topic("later"), asyncio.Event(), asyncio.Event()
+    start = AIOKafkaProducer.start
+
+    async def at_first_not(producer):
+        if not failed.is_set():
+            await fail.wait()
+            failed.set()
+            raise KafkaConnectionError("not today")
+        await start(producer)
+
+    monkeypatch.setattr(AIOKafkaProducer, "start", at_first_not)
+    async with tensors(Queue(topic, kafka.address, write_timeout_ms=200)).mock() as server:
+        with pytest.raises(Unavailable, match="not written to topic"):
+            await server.infer(x=[1.0])
+        fail.set()
+        await failed.wait()
+        await until_written(server, 2.0)
+    gc.collect()
+
+    assert [] == [record.getMessage() for record in caplog.records if "never retrieved" in record.getMessage()]
 
 
 async def test_who_waits_for_a_connection_that_does_not_come_is_told_when_the_writer_ends(monkeypatch):
