@@ -18,6 +18,9 @@ here = next(module for module in sys.modules.values() if getattr(module, "__file
 body, values, until, double = here.body, here.values, here.until, here.double
 numbers = here.numbers
 
+# A session that is longer than any machine stands still or takes to begin again, and heartbeats as frequent as of a short one.
+PATIENT = {"session_timeout_ms": 120_000, "settings": {"heartbeat_interval_ms": 500}}
+
 
 def requests(first, last):
     return [(b"%d" % (number % 13), body(number)) for number in range(first, last)]
@@ -87,9 +90,7 @@ async def test_members_that_join_and_leave_all_the_time_lose_nothing(kit, delive
 
 
 async def test_a_member_with_a_name_comes_back_without_a_rebalance_for_the_others(kit):
-    # A session that is longer than any machine takes to begin again, and heartbeats that are as frequent as of a short one.
-    patient = {"session_timeout_ms": 120_000, "settings": {"heartbeat_interval_ms": 500}}
-    kafka = await kit.options(partitions=4, input={"member": "a", **patient})
+    kafka = await kit.options(partitions=4, input={"member": "a", **PATIENT})
     other = {**kafka, "input": {**kafka["input"], "member": "b"}}
     async with kit.serve(double, kafka) as first:
         async with kit.serve(double, other) as second:
@@ -104,7 +105,7 @@ async def test_a_member_with_a_name_comes_back_without_a_rebalance_for_the_other
 @pytest.mark.parametrize("delivery", ["at_least_once", "exactly_once"])
 async def test_two_members_of_one_name_are_told_so_and_do_not_take_turns_at_each_heartbeat(kit, delivery):
     """As replicas are whose file says the name itself: else each answers again and again what the other has not committed."""
-    kafka = await kit.options(partitions=2, delivery=delivery, input={"member": "a", "session_timeout_ms": 2000})
+    kafka = await kit.options(partitions=2, delivery=delivery, input={"member": "a", **PATIENT, "session_timeout_ms": 8000})
 
     def dropped(served):
         return served.report["state"].startswith("the group dropped member 'a': another one has joined as 'input.member: a'")
