@@ -85,6 +85,7 @@ class Context:
         arrived: when the request was there to be decoded, by `perf_counter_ns`; 0 where nobody asks.
         run_began: when the graph began with the request, by `perf_counter_ns`; 0 before.
         run_ended: when the graph was done with it; 0 before.
+        sent: when its answer could be sent; 0 where nobody asks.
         failure: why the branch before this one failed, in a branch of a `fallback` router; else None.
         meter: takes what `count` and `observe` are given; None where nobody asks for it.
     """
@@ -109,6 +110,7 @@ class Context:
         "run_began",
         "run_ended",
         "runs_again",
+        "sent",
         "trace",
         "version",
     )
@@ -134,7 +136,7 @@ class Context:
         self.route = self.version = ""
         self.runs_again = runs_again
         self.trace: Recorder | None = None
-        self.arrived = self.run_began = self.run_ended = 0
+        self.arrived = self.run_began = self.run_ended = self.sent = 0
         self.failure: Exception | None = None
         self.meter: Meter | None = None
         self._answered: list[Callable[[], None]] | None = None

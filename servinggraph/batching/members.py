@@ -110,25 +110,23 @@ def count_answers(
         statistics.input_ns += len(answered) * (ran - began)
         statistics.output_ns += len(answered) * (split - ended)
     busy = split - began
-    statistics.busy_ns += busy if len(answered) == 1 else len(answered) * busy
+    statistics.busy_ns += len(answered) * busy
     statistics.last_ns = split
-    durations = statistics.durations
-    if durations is not None:
-        durations.compute.add(busy, len(answered))
-        durations.waited([waiter.arrived for waiter in answered], free, began)
+    arrivals = [waiter.arrived for waiter in answered]
+    statistics.queue_ns += len(arrivals) * began - sum(arrivals)
     traced: Batch | None = None
     for waiter in answered:
-        queued = began - waiter.arrived
-        statistics.queue_ns += queued
         statistics.rows += waiter.rows
         if waiter.whole:
             statistics.success += 1
         else:
-            statistics.piece_ns -= queued + busy
+            statistics.piece_ns -= began - waiter.arrived + busy
         if waiter.context.trace is not None:
             traced = traced or Batch(size, len(answered))
             moments = (waiter.arrived, waiter.arrived, began, ran, *ends, split)
             waiter.context.trace.node(node, zip(NODE_STAMPS, moments, strict=True), traced)
+    if statistics.durations is not None:
+        statistics.durations.add_batch(arrivals, free, began, split)
 
 
 class SharedContext(Context):
