@@ -2,8 +2,10 @@
 
 All servers run at once and are idle but for the one under load, rounds go over them in another order each time, and a scrape
 a second (fifteen times as often as is usual) meets those that have metrics. A collector that reads and forgets takes the spans.
+After some rounds all are started anew. What metrics alone cost is then measured once more within one process, which two servers
+side by side cannot tell so exactly: see overhead_switched.py.
 
-usage: .venv/bin/python loadtests/overhead.py [--rounds 15] [--seconds 2]
+usage: .venv/bin/python loadtests/overhead.py [--starts 5] [--rounds 5] [--seconds 1]
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,13 +21,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import conditions
-from harness import Launch, Sample, Server, load, run_program, stopping
+import overhead_switched
+from harness import Launch, Sample, Server, ServerFailed, load, run_program, stopping
 from servers import HERE, MODELS, ours, prepared, set_up
 
-WARM_UP_S = 2
+WARM_UP_S = 1
 SCRAPE_S = 1.0
 NOTHING = "nothing"
 
@@ -54,29 +56,39 @@ def ways(collector: int, folder: Path) -> dict[str, list[str]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it; return 1 when a request failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=int, default=2)
+    parser.add_argument("--starts", type=int, default=5, help="how often all servers are started")
+    parser.add_argument("--rounds", type=int, default=5, help="after each start")
+    parser.add_argument("--seconds", type=int, default=1, help="of load on a server in a round")
+    parser.add_argument("--switched-seconds", type=int, default=15, help="of load on a server that switches, after each start")
     parser.add_argument("--connections", type=int, default=32)
-    parser.add_argument("--trials", type=int, default=600, help="of the part without sockets")
     name = f"{datetime.now():%Y-%m-%d}-{len(os.sched_getaffinity(0))}-cores-overhead"
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"{name}.md")
     options = parser.parse_args(arguments)
     set_up([])
+    rounds: dict[str, list[Cost]] = {}
+    inside = []
     with collecting() as collector:
-        first = prepared("overhead", "iris")
-        servers = {way: Server(way, "iris", first.body, _folder(first.folder, way)) for way in ways(collector, first.folder)}
-        with stopping(list(servers.values())):
-            for way, flags in ways(collector, first.folder).items():
-                launch = ours(servers[way])
-                servers[way].start(Launch([*launch.command, *flags], launch.environment))
-            for server in servers.values():
-                server.first(server.infer)
-            rounds = measure(servers, options)
-        inside = without_sockets(options.trials, first)
+        for _ in range(options.starts):
+            model = prepared("overhead", "iris")
+            for way, costs in beside_each_other(model, collector, options).items():
+                rounds.setdefault(way, []).extend(costs)
+            inside.append(switched(model, options))
     text = page(rounds, inside, options)
     options.out.write_text(text, encoding="utf-8")
     print(f"{text}\nwritten to {options.out}")
     return int(any(cost.sample.failed for costs in rounds.values() for cost in costs))
+
+
+def beside_each_other(model: Server, collector: int, options: argparse.Namespace) -> dict[str, list[Cost]]:
+    """Start a server for each way, and load them in turn."""
+    servers = {way: Server(way, "iris", model.body, _folder(model.folder, way)) for way in ways(collector, model.folder)}
+    with stopping(list(servers.values())):
+        for way, flags in ways(collector, model.folder).items():
+            launch = ours(servers[way])
+            servers[way].start(Launch([*launch.command, *flags], launch.environment))
+        for server in servers.values():
+            server.first(server.infer)
+        return measure(servers, options)
 
 
 def measure(servers: dict[str, Server], options: argparse.Namespace) -> dict[str, list[Cost]]:
@@ -99,47 +111,98 @@ def measure(servers: dict[str, Server], options: argparse.Namespace) -> dict[str
     return rounds
 
 
-def without_sockets(trials: int, model: Server) -> dict[str, float]:
-    """Return microseconds a request of each way in process; see overhead_inside.py."""
-    program = [
-        sys.executable,
-        str(HERE / "overhead_inside.py"),
-        str(trials),
-        str(MODELS / f"{model.model}.onnx"),
-        str(model.body),
-    ]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=600, check=True)
-    return dict(json.loads(done.stdout))
+def switched(model: Server, options: argparse.Namespace) -> list[list[float]]:
+    """Load a server that switches between ways; return microseconds a request of each way by round."""
+    server = Server("switched", "iris", model.body, _folder(model.folder, "switched"))
+    out = server.folder / "rounds.json"
+    program = str(HERE / "overhead_switched.py")
+    with stopping([server]):
+        server.start(Launch([sys.executable, program, str(server.port), str(MODELS / "iris.onnx"), str(out)], {}))
+        server.first(server.infer)
+        load(server, options.connections, WARM_UP_S)
+        sample = load(server, options.connections, options.switched_seconds)
+    if sample.failed:
+        raise ServerFailed(f"{sample.failed} requests failed; see {server.log}")
+    found: list[list[float]] = json.loads(out.read_text(encoding="utf-8"))
+    return found
 
 
-def page(rounds: dict[str, list[Cost]], inside: dict[str, float], options: argparse.Namespace) -> str:
+@dataclass(frozen=True)
+class Inside:
+    """What one process that switches showed.
+
+    Attributes:
+        nothing: microseconds a request without metrics.
+        apart: how much longer one of the two ways without them took than their mean, of that.
+        more: how much longer a request took with metrics, of that.
+        rounds: in how many rounds all ways had their slice.
+    """
+
+    nothing: float
+    apart: float
+    more: float
+    rounds: int
+
+
+def compared(rounds: list[list[float]]) -> Inside:
+    """Compare ways by round: the mean difference, without a twentieth at each end, when the machine did something else."""
+    first, again, metrics = zip(*rounds, strict=True)
+    nothing = [mean(pair) for pair in zip(first, again, strict=True)]
+    usual = median(nothing)
+
+    def more(times: Sequence[float]) -> float:
+        differences = sorted(each - base for each, base in zip(times, nothing, strict=True))
+        cut = len(differences) // 20
+        return mean(differences[cut : len(differences) - cut]) / usual
+
+    return Inside(usual, abs(more(first)), more(metrics), len(rounds))
+
+
+def page(rounds: dict[str, list[Cost]], inside: list[list[list[float]]], options: argparse.Namespace) -> str:
     """Return the results page."""
     others = [cost.sample.others for costs in rounds.values() for cost in costs]
     lines = [
         f"# What metrics, access log and traces cost ({datetime.now():%d %B %Y})",
         "",
-        f"iris, V2 JSON over HTTP, {options.connections} connections, {options.rounds} rounds of {options.seconds} s a server,",
-        "interleaved; all servers run at once; medians. `nothing` is `--metrics off`, and stands there twice: how far the two",
-        f"are apart is what the run cannot tell. Metrics are scraped every {SCRAPE_S:g} s. Written by `loadtests/overhead.py`.",
+        f"iris, V2 JSON over HTTP, {options.connections} connections. Written by `loadtests/overhead.py`.",
         "",
-        "Processor time is the server's, of its calmest round. Without sockets the same requests go to the application in one",
-        "process, the calmest tenth of many short trials: other programs disturb that least, and its difference is the cost.",
+        "## Servers side by side",
         "",
-        "| | requests a second | of `nothing`: median (quartiles) | processor time a request | without sockets | difference |",
-        "|---|---|---|---|---|---|",
+        f"All run at once, {options.rounds} rounds of {options.seconds} s a server, interleaved, and that after each of",
+        f"{options.starts} starts; medians. `nothing` is `--metrics off`, and stands there twice: how far the two are apart is",
+        f"what the run cannot tell; shares are of the mean of both. Metrics are scraped every {SCRAPE_S:g} s.",
+        "",
+        "| | requests a second | of `nothing`: median (quartiles) | processor time of the server for a request |",
+        "|---|---|---|---|",
     ]
+    bases = [costs for way, costs in rounds.items() if way.startswith(NOTHING)]
+    base = [mean(cost.sample.rate for cost in costs) for costs in zip(*bases, strict=True)]
     for way, costs in rounds.items():
-        shares = sorted(cost.sample.rate / base.sample.rate for cost, base in zip(costs, rounds[NOTHING], strict=True))
+        shares = sorted(cost.sample.rate / rate for cost, rate in zip(costs, base, strict=True))
         quarter = len(shares) // 4
         spread = f"{median(shares):.3f} ({shares[quarter]:.3f} to {shares[-1 - quarter]:.3f})"
-        rate, us = median(cost.sample.rate for cost in costs), min(cost.cpu_us for cost in costs)
-        more = inside[way] - inside[NOTHING]
-        lines.append(f"| {way} | {rate:,.0f} | {spread} | {us:.1f} µs | {inside[way]:.2f} µs | {more:+.2f} µs |")
-    whole = min(cost.cpu_us for way, costs in rounds.items() if way.startswith(NOTHING) for cost in costs)
-    paid = inside["metrics"] - inside[NOTHING]
+        rate, us = median(cost.sample.rate for cost in costs), median(cost.cpu_us for cost in costs)
+        lines.append(f"| {way} | {rate:,.0f} | {spread} | {us:.1f} µs |")
+    found = [compared(each) for each in inside]
+    usual, more, apart = (median(values) for values in zip(*((one.nothing, one.more, one.apart) for one in found), strict=True))
+    ways = ", ".join(overhead_switched.WAYS)
     lines += [
         "",
-        f"Metrics cost {paid:.2f} µs of the {whole:.1f} µs that a request costs the server without them: {paid / whole:.1%}.",
+        "## Metrics on and off in one process",
+        "",
+        f"One server that goes over {ways}, every 10 to 20 ms to another, in random order, under the same load for",
+        f"{options.switched_seconds} s; its requests by each way, compared round by round (`loadtests/overhead_switched.py`).",
+        "",
+        "| process | rounds | a request without | with metrics | `nothing again`: apart |",
+        "|---|---|---|---|---|",
+    ]
+    for number, one in enumerate(found, 1):
+        cost = f"{one.nothing * one.more:+.2f} µs ({one.more:+.1%})"
+        lines.append(f"| {number} | {one.rounds} | {one.nothing:.1f} µs | {cost} | {2 * one.apart:.1%} |")
+    lines += [
+        "",
+        f"Metrics cost {more:.1%} of a server at its limit, {usual * more:.1f} µs of {usual:.1f} (medians; the method",
+        f"cannot tell {2 * apart:.1%}).",
         "",
         f"Other programs used {median(others):.2f} cores meanwhile (median; up to {max(others):.2f}).",
         "",
