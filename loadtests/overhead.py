@@ -1,11 +1,11 @@
 """Measures what metrics, an access log and traces cost: one model served in several ways at once, loaded in turn.
 
-All servers run at once and are idle but for the one under load, rounds go over them in another order each time, and a scrape
-a second (fifteen times as often as is usual) meets those that have metrics. A collector that reads and forgets takes the spans.
+All servers run at once and are idle but for the one under load, rounds go over them in another order each time, and those that
+have metrics are scraped as often as is usual, by their time under load. A collector that reads and forgets takes the spans.
 After some rounds all are started anew. What metrics alone cost is then measured once more within one process, which two servers
 side by side cannot tell so exactly: see overhead_switched.py.
 
-usage: .venv/bin/python loadtests/overhead.py [--starts 5] [--rounds 5] [--seconds 1]
+usage: .venv/bin/python loadtests/overhead.py [--starts 6] [--rounds 8] [--seconds 1]
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from harness import Launch, Sample, Server, ServerFailed, load, run_program, sto
 from servers import HERE, MODELS, ours, prepared, set_up
 
 WARM_UP_S = 1
-SCRAPE_S = 1.0
+SCRAPE_S = 15
+"""Of load on a server between two scrapes of it; Prometheus' own default is a minute."""
 NOTHING = "nothing"
 
 
@@ -56,10 +57,10 @@ def ways(collector: int, folder: Path) -> dict[str, list[str]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it; return 1 when a request failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--starts", type=int, default=5, help="how often all servers are started")
-    parser.add_argument("--rounds", type=int, default=5, help="after each start")
+    parser.add_argument("--starts", type=int, default=6, help="how often all servers are started")
+    parser.add_argument("--rounds", type=int, default=8, help="after each start")
     parser.add_argument("--seconds", type=int, default=1, help="of load on a server in a round")
-    parser.add_argument("--switched-seconds", type=int, default=15, help="of load on a server that switches, after each start")
+    parser.add_argument("--switched-seconds", type=int, default=12, help="of load on a server that switches, after each start")
     parser.add_argument("--connections", type=int, default=32)
     name = f"{datetime.now():%Y-%m-%d}-{len(os.sched_getaffinity(0))}-cores-overhead"
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"{name}.md")
@@ -68,9 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rounds: dict[str, list[Cost]] = {}
     inside = []
     with collecting() as collector:
-        for _ in range(options.starts):
+        for start in range(options.starts):
             model = prepared("overhead", "iris")
-            for way, costs in beside_each_other(model, collector, options).items():
+            for way, costs in beside_each_other(model, collector, start, options).items():
                 rounds.setdefault(way, []).extend(costs)
             inside.append(switched(model, options))
     text = page(rounds, inside, options)
@@ -79,7 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(any(cost.sample.failed for costs in rounds.values() for cost in costs))
 
 
-def beside_each_other(model: Server, collector: int, options: argparse.Namespace) -> dict[str, list[Cost]]:
+def beside_each_other(
+    model: Server, collector: int, start: int, options: argparse.Namespace
+) -> dict[str, list[Cost]]:
     """Start a server for each way, and load them in turn."""
     servers = {way: Server(way, "iris", model.body, _folder(model.folder, way)) for way in ways(collector, model.folder)}
     with stopping(list(servers.values())):
@@ -88,20 +91,22 @@ def beside_each_other(model: Server, collector: int, options: argparse.Namespace
             servers[way].start(Launch([*launch.command, *flags], launch.environment))
         for server in servers.values():
             server.first(server.infer)
-        return measure(servers, options)
+        return measure(servers, start, options)
 
 
-def measure(servers: dict[str, Server], options: argparse.Namespace) -> dict[str, list[Cost]]:
+def measure(servers: dict[str, Server], start: int, options: argparse.Namespace) -> dict[str, list[Cost]]:
     """Load the servers in turn."""
     rounds: dict[str, list[Cost]] = {way: [] for way in servers}
     for server in servers.values():
         load(server, options.connections, WARM_UP_S)
     names = list(servers)
-    for number in range(options.rounds):
+    for number in range(start * options.rounds, (start + 1) * options.rounds):
         first = number % len(names)
         for way in names[first:] + names[:first]:
             server = servers[way]
-            with scraping(server, on=not way.startswith(NOTHING)):
+            loaded_s = number * options.seconds
+            due = (loaded_s + options.seconds) // SCRAPE_S > loaded_s // SCRAPE_S
+            with scraping(server, on=due and not way.startswith(NOTHING)):
                 before = server.cpu_seconds()
                 sample = load(server, options.connections, options.seconds)
                 spent = server.cpu_seconds() - before
@@ -170,7 +175,7 @@ def page(rounds: dict[str, list[Cost]], inside: list[list[list[float]]], options
         "",
         f"All run at once, {options.rounds} rounds of {options.seconds} s a server, interleaved, and that after each of",
         f"{options.starts} starts; medians. `nothing` is `--metrics off`, and stands there twice: how far the two are apart is",
-        f"what the run cannot tell; shares are of the mean of both. Metrics are scraped every {SCRAPE_S:g} s.",
+        f"what the run cannot tell; shares are of the mean of both. Each {SCRAPE_S} s of load metrics are scraped.",
         "",
         "| | requests a second | of `nothing`: median (quartiles) | processor time of the server for a request |",
         "|---|---|---|---|",
@@ -215,20 +220,13 @@ def page(rounds: dict[str, list[Cost]], inside: list[list[list[float]]], options
 
 @contextmanager
 def scraping(server: Server, *, on: bool) -> Iterator[None]:
-    """Scrape a server once a second meanwhile."""
-    done = threading.Event()
-
-    def scrape() -> None:
-        while not done.wait(SCRAPE_S):
-            server.get("/metrics")
-
-    thread = threading.Thread(target=scrape, daemon=True)
+    """Scrape a server once meanwhile."""
+    thread = threading.Timer(0.5, server.get, ["/metrics"])
     if on:
         thread.start()
     try:
         yield
     finally:
-        done.set()
         if on:
             thread.join()
 

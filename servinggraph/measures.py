@@ -146,18 +146,22 @@ class Traffic:
             self.told(now, "ok", now - context.arrived, context.id)
 
     def _count(self) -> None:
-        whole, decode, encode = self._whole, self._decode, self._encode
+        whole, decode, encode = self._whole.counts, self._decode.counts, self._encode.counts
+        whole_ns = decode_ns = encode_ns = 0
         for context in self._turn:
             sent, arrived = context.sent, context.arrived
             ns = sent - arrived
-            whole.counts[bisect_left(BOUNDS_NS, ns)] += 1
-            whole.ns += ns
+            whole_ns += ns
+            whole[bisect_left(BOUNDS_NS, ns)] += 1
             ns = context.run_began - arrived
-            decode.counts[0 if ns <= _FIRST else bisect_left(BOUNDS_NS, ns)] += 1
-            decode.ns += ns
+            decode_ns += ns
+            decode[0 if ns <= _FIRST else bisect_left(BOUNDS_NS, ns)] += 1
             ns = sent - context.run_ended
-            encode.counts[0 if ns <= _FIRST else bisect_left(BOUNDS_NS, ns)] += 1
-            encode.ns += ns
+            encode_ns += ns
+            encode[0 if ns <= _FIRST else bisect_left(BOUNDS_NS, ns)] += 1
+        self._whole.ns += whole_ns
+        self._decode.ns += decode_ns
+        self._encode.ns += encode_ns
         self._turn.clear()
 
     def failed(self, code: str, context: Context | None = None) -> None:
