@@ -80,9 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(any(cost.sample.failed for costs in rounds.values() for cost in costs))
 
 
-def beside_each_other(
-    model: Server, collector: int, start: int, options: argparse.Namespace
-) -> dict[str, list[Cost]]:
+def beside_each_other(model: Server, collector: int, start: int, options: argparse.Namespace) -> dict[str, list[Cost]]:
     """Start a server for each way, and load them in turn."""
     servers = {way: Server(way, "iris", model.body, _folder(model.folder, way)) for way in ways(collector, model.folder)}
     with stopping(list(servers.values())):
