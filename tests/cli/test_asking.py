@@ -6,8 +6,10 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -245,6 +247,29 @@ def test_headers_go_along_with_each_request_of_a_load(urls: dict[str, str], sche
     sent = ("--header", "Authorization=Bearer secret")
     done = run("bench", urls[scheme], "guarded", "-c", 2, "-d", 1, "--warmup", 0, "--json", *sent)
     assert (0, {}) == (done.exit_code, json.loads(done.output)["errors"]), done.output
+
+
+def test_a_given_header_replaces_one_of_the_loads_own_whatever_its_case() -> None:
+    seen: list[list[str] | None] = []
+
+    class Recorder(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            seen.append(self.headers.get_all("content-type"))
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Recorder) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        given = ("--body", "[1]", "--header", "content-type=application/x-own", "-c", 1, "-d", 1, "--warmup", 0)
+        done = run("bench", f"http://127.0.0.1:{server.server_port}", "any", *given)
+        server.shutdown()
+    assert 0 == done.exit_code, done.output
+    assert [["application/x-own"]] == [list(kinds) for kinds in {tuple(kinds or ()) for kinds in seen}]
 
 
 def test_a_load_that_fails_says_with_what(urls: dict[str, str]) -> None:

@@ -140,6 +140,7 @@ async def _over_http(
     """Return what sends one request over HTTP: the same bytes each time, made once."""
     try:
         import aiohttp
+        from multidict import CIMultiDict  # aiohttp's own
     except ImportError as error:
         raise click.UsageError(f"{error}: bench needs pip install 'servinggraph[tools]'") from error
     if isinstance(what, Body):
@@ -149,11 +150,13 @@ async def _over_http(
         body, length = target.library.InferenceServerClient.generate_request_body(target.tensors(what))
         if length is not None:
             headers["Inference-Header-Content-Length"] = str(length)
+    sent = CIMultiDict(headers)
+    sent.update(more)  # whatever the case of their names
     session = await stack.enter_async_context(
         aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=connections),
             timeout=aiohttp.ClientTimeout(total=target.timeout_s),
-            headers={**headers, **more},
+            headers=sent,
         )
     )
 
