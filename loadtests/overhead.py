@@ -136,7 +136,7 @@ class Inside:
 
     Attributes:
         nothing: microseconds a request without metrics.
-        apart: how much longer one of the two ways without them took than their mean, of that.
+        apart: how far the two ways without them were apart, of that.
         more: how much longer a request took with metrics, of that.
         rounds: in how many rounds all ways had their slice.
     """
@@ -158,7 +158,7 @@ def compared(rounds: list[list[float]]) -> Inside:
         cut = len(differences) // 20
         return mean(differences[cut : len(differences) - cut]) / usual
 
-    return Inside(usual, abs(more(first)), more(metrics), len(rounds))
+    return Inside(usual, 2 * abs(more(first)), more(metrics), len(rounds))
 
 
 def page(rounds: dict[str, list[Cost]], inside: list[list[list[float]]], options: argparse.Namespace) -> str:
@@ -188,12 +188,12 @@ def page(rounds: dict[str, list[Cost]], inside: list[list[list[float]]], options
         lines.append(f"| {way} | {rate:,.0f} | {spread} | {us:.1f} µs |")
     found = [compared(each) for each in inside]
     usual, more, apart = (median(values) for values in zip(*((one.nothing, one.more, one.apart) for one in found), strict=True))
-    ways = ", ".join(overhead_switched.WAYS)
+    switched_ways = ", ".join(overhead_switched.WAYS)
     lines += [
         "",
         "## Metrics on and off in one process",
         "",
-        f"One server that goes over {ways}, every 10 to 20 ms to another, in random order, under the same load for",
+        f"One server that goes over {switched_ways}, every 10 to 20 ms to another, in random order, under the same load for",
         f"{options.switched_seconds} s; its requests by each way, compared round by round (`loadtests/overhead_switched.py`).",
         "",
         "| process | rounds | a request without | with metrics | `nothing again`: apart |",
@@ -201,11 +201,11 @@ def page(rounds: dict[str, list[Cost]], inside: list[list[list[float]]], options
     ]
     for number, one in enumerate(found, 1):
         cost = f"{one.nothing * one.more:+.2f} µs ({one.more:+.1%})"
-        lines.append(f"| {number} | {one.rounds} | {one.nothing:.1f} µs | {cost} | {2 * one.apart:.1%} |")
+        lines.append(f"| {number} | {one.rounds} | {one.nothing:.1f} µs | {cost} | {one.apart:.1%} |")
     lines += [
         "",
         f"Metrics cost {more:.1%} of a server at its limit, {usual * more:.1f} µs of {usual:.1f} (medians; the method",
-        f"cannot tell {2 * apart:.1%}).",
+        f"cannot tell {apart:.1%}).",
         "",
         f"Other programs used {median(others):.2f} cores meanwhile (median; up to {max(others):.2f}).",
         "",
